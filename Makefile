@@ -1,0 +1,35 @@
+# `make test` needs Python 3.11 to 3.13 and nothing else: it makes .venv, installs everything, and runs every check.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CODE = ivcr_jax tfds_builder tests setup.py
+export TF_CPP_MIN_LOG_LEVEL = 3
+
+.PHONY: install test lint format benchmark clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v.major}.{v.minor} found; expected 3.11 to 3.13: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[build,dev]'
+	touch $@
+
+test: install lint
+	$(BIN)/python -m pytest -n 2 --durations=10
+
+lint: install
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy ivcr_jax tfds_builder
+
+format: install
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+benchmark: install
+	$(BIN)/python -m tests.benchmarks.data
+
+clean:
+	rm -rf $(VENV) build *.egg-info

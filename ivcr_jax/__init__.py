@@ -1,0 +1,1 @@
+"""Interactive video corpus retrieval in JAX."""
