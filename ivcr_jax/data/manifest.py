@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import uuid
 from collections.abc import Iterable, Iterator
 
 from etils import epath
@@ -79,7 +80,8 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     """A path to write to, a file or a folder; it becomes `path` when the block ends well, else it is removed."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp"
+    # A name of its own: several processes may write the same file at a time.
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         yield temporary
         temporary.replace(path)
