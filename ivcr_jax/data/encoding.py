@@ -104,7 +104,8 @@ def show(
 ) -> list[Shown]:
     """Settles which videos each turn shows, in what order, and under what number. With `rng`, in random order.
 
-    Where the first stage missed, `insert_truth` (for training) puts the truth in the last candidate's place.
+    Where the first stage missed, `insert_truth` (for training) puts the truth in the last candidate's place, unless
+    the answer names no video and so says that none fits.
 
     A VIDEO turn shows its candidates numbered from 1. A MOMENT turn shows its video under the number it had in the
     last list it stood in, 1 if it stood in none. The number in the answer follows.
@@ -134,7 +135,8 @@ def _candidates(turn: Turn, limit: int, insert_truth: bool) -> list[str]:
     if not turn.candidates:
         return [turn.video_id]
     kept = list(turn.candidates[:limit])
-    if turn.video_id not in kept and (insert_truth or turn.video_id in turn.candidates):
+    insert = insert_truth and video_number(turn.answer) is not None
+    if turn.video_id not in kept and (insert or turn.video_id in turn.candidates):
         kept[-1] = turn.video_id
     return kept
 
@@ -168,7 +170,7 @@ def encode(
     """Writes a dialogue as tokens.
 
     Every answer is learnt, its end-of-sequence token too, save where it would teach a wrong number: in a VIDEO turn
-    whose truth is not among the candidates. In the isolated layout the digits of the video's number are not learnt:
+    whose truth is not among the candidates and whose answer names one of them all the same. In the isolated layout the digits of the video's number are not learnt:
     there the rank head chooses the number, and constrained decoding writes it.
 
     Args:
@@ -185,10 +187,9 @@ def encode(
         ids = tokenizer.encode(question + answer)
         boundary = _common_prefix(tokenizer.encode(question), ids)
         mask = np.zeros(len(ids), bool)
-        if item.turn.intent != Intent.VIDEO or item.target != NO_TARGET:
-            mask[boundary:] = True
-        number = video_number(answer) if config.layout == "isolated" and item.videos else None
-        if number is not None:
+        number = video_number(answer)
+        mask[boundary:] = item.turn.intent != Intent.VIDEO or item.target != NO_TARGET or number is None
+        if number is not None and item.videos and config.layout == "isolated":
             first, last = (_common_prefix(tokenizer.encode(question + answer[:end]), ids) for end in number[1:])
             mask[first:last] = False
         tokens.append(np.asarray(ids, np.int32))

@@ -76,6 +76,14 @@ def test_a_first_stage_miss():
     assert missed.videos == ("v1", "v2") and missed.target == -1 and missed.turn.answer == "It is video 1."
 
 
+def test_an_answer_that_none_fits_stays_true_and_is_learnt(tokenizer):
+    turn = Turn("q", "None of them.", Intent.VIDEO, "en", "truth", ("v1", "v2"))
+    shown = show(Dialogue("d", "train", 1, (turn,)), CONFIG, insert_truth=True)
+    assert shown[0].videos == ("v1", "v2") and shown[0].target == -1
+    encoded = encode(shown, tokenizer, CONFIG, {})
+    assert tokenizer.decode(encoded.tokens[encoded.learnt]).strip() == "None of them. </s>"
+
+
 def test_a_moment_in_a_video_never_listed_is_video_1():
     turn = Turn("q", "In video 4 at 1.0s-2.0s.", Intent.MOMENT, "en", "v", (), (1.0, 2.0))
     (item,) = show(Dialogue("d", "train", 1, (turn,)), CONFIG, insert_truth=True)
