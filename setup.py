@@ -17,8 +17,6 @@ RUNTIME = [
     f"flax==0.12.12; {PY312}",
     f"av==18.1.0; {PY311}",
     f"av==19.0.2; {PY312}",
-    f"numpy==2.4.6; {PY311}",
-    f"numpy==2.5.5; {PY312}",
     "absl-py==2.5.1",
     "array_record==0.8.6",
     "etils[epath]==1.15.0",
@@ -26,6 +24,7 @@ RUNTIME = [
     "ijson==3.6.0",  # the source JSON is one list of hundreds of MB: read as a stream
     "importlib_resources==7.1.0",  # TFDS 4.9.10 imports it without declaring it
     "ml_collections==1.1.0",
+    "numpy==2.4.6",  # Beam 2.77 wants one below 2.5
     "optax==0.2.8",
     "orbax-checkpoint==0.12.8",
     "sentencepiece==0.2.3",

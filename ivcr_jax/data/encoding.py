@@ -170,8 +170,8 @@ def encode(
     """Writes a dialogue as tokens.
 
     Every answer is learnt, its end-of-sequence token too, save where it would teach a wrong number: in a VIDEO turn
-    whose truth is not among the candidates and whose answer names one of them all the same. In the isolated layout the digits of the video's number are not learnt:
-    there the rank head chooses the number, and constrained decoding writes it.
+    whose truth is not among the candidates and whose answer names one of them all the same. In the isolated layout the
+    digits of the video's number are not learnt: there the rank head chooses it, and constrained decoding writes it.
 
     Args:
       shown: from `show`.

@@ -1,0 +1,1 @@
+"""TFDS builders of the IVCR-200K dialogues and videos."""
