@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CODE = ivcr_jax tfds_builder tests setup.py
 export TF_CPP_MIN_LOG_LEVEL = 3
 
-.PHONY: install test lint format benchmark clean
+.PHONY: install test lint format sample benchmark clean
 
 install: $(VENV)/installed
 
@@ -27,6 +27,12 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+sample: install
+	$(BIN)/python -m ivcr_jax.data.synth --out=data/source --videos=60 --interactions=200
+	$(BIN)/python -m tfds_builder.build --dataset=ivcr200k --manual_dir=data/source --data_dir=data
+	$(BIN)/python -m tfds_builder.build --dataset=ivcr200k_videos --manual_dir=data/source --data_dir=data --frames=16 --size=96
+	$(BIN)/python -m ivcr_jax.data.pipeline --dialogues=data/ivcr200k --videos=data/ivcr200k_videos
 
 benchmark: install
 	$(BIN)/python -m tests.benchmarks.data

@@ -16,7 +16,7 @@ from etils import epath
 from ivcr_jax.data import manifest, prompt
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, renumber
 from ivcr_jax.data.encoding import NO_TARGET, Encoded, EncodedTurn, EncodingConfig, Shown, encode, show, turn_texts
-from ivcr_jax.data.store import DialogueStore, StoredVideo, VideoStore, choose_frames
+from ivcr_jax.data.store import DialogueStore, StoredVideo, VideoStore, choose_stored
 from ivcr_jax.data.tokenizer import Tokenizer
 
 # Rows being filled at a time: more of them waste fewer positions and mix dialogues over a longer stretch.
@@ -388,7 +388,7 @@ def fill_row(
     times: dict[str, list[float]] = {}
     for name in dict.fromkeys(name for turns in shown for item in turns for name in item.videos):
         stored = videos.read(name)
-        chosen = choose_frames(len(stored.times), config.frames, rng)
+        chosen = choose_stored(len(stored.times), config.frames, rng)
         slot = slot_of[name] = len(slot_of)
         times[name] = stored.times[chosen].tolist()
         count = len(chosen)

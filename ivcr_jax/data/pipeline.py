@@ -14,13 +14,14 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import app, flags, logging
 from etils import epath
 
 from ivcr_jax.data import packing
 from ivcr_jax.data.dialogue import Dialogue
+from ivcr_jax.data.encoding import EncodingConfig
 from ivcr_jax.data.store import DialogueStore, VideoStore
-from ivcr_jax.data.tokenizer import Tokenizer
+from ivcr_jax.data.tokenizer import Tokenizer, train_demo
 
 Batch = dict[str, np.ndarray]
 
@@ -327,3 +328,41 @@ def _targets(batch: Batch, row: int, turn: np.integer) -> str:
         slot, block = batch["moment_slots"][row, turn], batch["moment_blocks"][row, turn]
         return f"{state}, moment {start:.2f}-{end:.2f} s in slot {slot} at {block}"
     return f"{state}, chat"
+
+
+def _define_flags() -> None:
+    # Not at import: another program may import this module and have flags of the same names.
+    flags.DEFINE_string("dialogues", None, "A built ivcr200k.", required=True)
+    flags.DEFINE_string("videos", None, "A built ivcr200k_videos, or a feature store.", required=True)
+    flags.DEFINE_string("tokenizer", None, "A SentencePiece .model; by default one is trained on the dialogues.")
+    flags.DEFINE_string("split", "train", "Which dialogues.")
+    flags.DEFINE_enum("layout", "isolated", ["isolated", "inline"], "Where visual tokens stand.")
+    flags.DEFINE_integer("seq_len", 2048, "Positions of a row.")
+    flags.DEFINE_integer("video_slots", 16, "Videos of a row.")
+    flags.DEFINE_integer("frames", 8, "Frames of a video.")
+    flags.DEFINE_integer("step", 0, "Which batch (of one row) to show.")
+
+
+def main(argv: list[str]) -> None:
+    """Packs a split, says what became of it, and shows one row in words."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    args = flags.FLAGS
+    dialogues = DialogueStore(args.dialogues, args.split)
+    if args.tokenizer:
+        tokenizer = Tokenizer.load(args.tokenizer)
+    else:
+        turns = (turn for i in range(min(len(dialogues), 1000)) for turn in dialogues[i].turns)
+        tokenizer = train_demo((text for turn in turns for text in (turn.user, turn.answer)), 2000)
+    pack = packing.PackConfig(
+        EncodingConfig(layout=args.layout), args.seq_len, args.video_slots, max_turns=32, frames=args.frames
+    )
+    config = PipelineConfig(pack=pack, batch_size=1, train=args.split == "train")
+    stream = Pipeline(dialogues, VideoStore(args.videos), tokenizer, config)
+    print(json.dumps(stream.plan.report(args.seq_len), indent=1))
+    print(describe(stream.batch(args.step), tokenizer), end="")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

@@ -183,7 +183,7 @@ class VideoStore:
             out[: len(chosen)] = stored.payload[chosen]
 
 
-def choose_frames(stored: int, wanted: int, rng: np.random.Generator | None) -> np.ndarray:
+def choose_stored(stored: int, wanted: int, rng: np.random.Generator | None) -> np.ndarray:
     """Which of `stored` frames, even in time, stand for a video: i64[min(stored, wanted)], ascending.
 
     One frame for each of `wanted` equal intervals: the one in the middle, or with `rng` any of its frames.

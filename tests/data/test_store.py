@@ -99,13 +99,13 @@ def test_what_is_no_dataset_says_so(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(5, 8), (8, 8), (64, 64), (96, 64), (100, 7), (1, 1), (0, 3)])
-def test_choose_frames(stored, wanted):
-    middle = store.choose_frames(stored, wanted, None)
+def test_choose_stored(stored, wanted):
+    middle = store.choose_stored(stored, wanted, None)
     assert len(middle) == min(stored, wanted)
     if stored > wanted:
         # Frame i stands for the times [i, i + 1): the middle of each of `wanted` equal intervals.
         assert middle.tolist() == [int((i + 0.5) * stored / wanted) for i in range(wanted)]
-    drawn = [store.choose_frames(stored, wanted, np.random.default_rng(seed)) for seed in range(40)]
+    drawn = [store.choose_stored(stored, wanted, np.random.default_rng(seed)) for seed in range(40)]
     for chosen in drawn:
         assert (np.diff(chosen) > 0).all() and (chosen >= 0).all() and (chosen < stored).all()
         if stored > wanted:

@@ -87,10 +87,7 @@ class VideoJob(resumable.Job):
                 except video.VideoError as error:
                     entries.append(manifest.Entry(name, "path", error.reason, "rejected", str(error)))
                     continue
-                if sampled.damaged:
-                    entries.append(
-                        manifest.Entry(name, "frames", "damaged_packets", "flagged", f"{sampled.damaged} packets")
-                    )
+                entries += _doubts(name, sampled)
                 yield (
                     name,
                     {
@@ -157,6 +154,17 @@ class Builder(resumable.ResumableBuilder):
 
     def _loss(self, records: dict[str, int]) -> tuple[int, int, str]:
         return len(self._wanted) - records.get(SPLIT, 0), len(self._wanted), "videos"
+
+
+def _doubts(name: str, sampled: video.EncodedFrames) -> Iterator[manifest.Entry]:
+    """What is wrong with a video that can be used all the same."""
+    if sampled.damaged:
+        yield manifest.Entry(name, "frames", "damaged_packets", "flagged", f"{sampled.damaged} packets")
+    if sampled.substituted:
+        yield manifest.Entry(name, "frames", "frame_substituted", "repaired", f"{sampled.substituted} frames")
+    if sampled.info.truncated:
+        detail = f"{sampled.info.duration:.2f} of {sampled.info.declared_duration:.2f} s"
+        yield manifest.Entry(name, "duration", "shorter_than_declared", "flagged", detail)
 
 
 def _named_videos(path: epath.Path) -> set[str]:
