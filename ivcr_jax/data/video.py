@@ -1,0 +1,587 @@
+"""Reading video files: what a file holds, and frames chosen by presentation time, as arrays or as JPEG.
+
+The only module that opens video files. It knows PyAV and NumPy, and nothing of dialogues, datasets, models
+or devices. It is thread-safe: every call owns its decoder, scaler and encoder, and PyAV releases the GIL
+while libav works, so callers run one file per thread. libav's log is off unless the process turns it on.
+
+Times are seconds from the first presented frame. They come from the packets of a file and not from its
+header, which miscounts frames (edit lists, live WebM, cut files). A video lasts until its last frame has
+been shown. Pixels are taken as square, and a mirroring display matrix is not undone.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, ClassVar, TypeVar
+
+import av
+import numpy as np
+from av.codec.context import Flags
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.plane import VideoPlane
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+StrPath = str | os.PathLike[str]
+
+# Titles come in any encoding. From version 19 on PyAV takes them as they are.
+_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
+
+_T = TypeVar("_T")
+
+
+class VideoError(Exception):
+    """A video that cannot be used: `path` is the file, `reason` a short code to count by."""
+
+    reason: ClassVar[str] = "video_error"
+
+    def __init__(self, path: StrPath, message: str):
+        super().__init__(os.fspath(path), message)  # both, or the error would not survive pickling
+        self.path = os.fspath(path)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.args[1]}"
+
+
+class VideoMissingError(VideoError):
+    """There is no such file."""
+
+    reason = "video_missing"
+
+
+class VideoUnreadableError(VideoError):
+    """libav cannot read the file as media."""
+
+    reason = "video_unreadable"
+
+
+class VideoNoStreamError(VideoError):
+    """A media file without moving pictures; cover art does not count."""
+
+    reason = "video_no_stream"
+
+
+class VideoNoFramesError(VideoError):
+    """There is a video stream, but none of its frames decodes."""
+
+    reason = "video_no_frames"
+
+
+class JpegError(VideoError):
+    """Bytes that are not a JPEG file; `path` says which of the list."""
+
+    reason = "jpeg_unreadable"
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds.
+
+    Attributes:
+      duration: seconds, to the end of the last frame.
+      fps: frames per second on average (num_frames / duration).
+      width: of the displayed picture, in pixels, after rotation.
+      height: likewise.
+      rotation: degrees clockwise by which the stored picture is turned for display: 0, 90, 180 or 270.
+      codec: libav's name of it, "h264".
+      num_frames: presented frames; a damaged one counts, since only decoding would tell.
+      declared_duration: seconds the header promises, 0.0 where it says nothing.
+    """
+
+    duration: float
+    fps: float
+    width: int
+    height: int
+    rotation: int
+    codec: str
+    num_frames: int
+    declared_duration: float
+
+    @property
+    def truncated(self) -> bool:
+        """Whether clearly less is there (by over 5 % and a second) than the header promises: a cut file."""
+        return self.declared_duration > 1.05 * self.duration + 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Decoded frames in order of presentation.
+
+    Attributes:
+      images: u8[T, H, W, 3], RGB.
+      times: f32[T], strictly increasing seconds at which they are presented.
+      info: of the whole video.
+      damaged: packets that did not decode, among those read.
+      substituted: wanted frames that did not decode. The frame shown before stands in for each, unless it
+        is there already.
+    """
+
+    images: np.ndarray
+    times: np.ndarray
+    info: VideoInfo
+    damaged: int
+    substituted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedFrames:
+    """As `Frames`, with T complete JPEG files in place of the images."""
+
+    jpegs: list[bytes]
+    times: np.ndarray
+    info: VideoInfo
+    damaged: int
+    substituted: int
+
+
+def probe(path: StrPath, scan: bool = True) -> VideoInfo:
+    """What the file holds. One frame is decoded: rotation and size are certain only there.
+
+    Args:
+      path: a local file.
+      scan: exact times, from all packets, at the cost of reading the file once. False takes the header's
+        duration and mean rate and costs opening the file: good to a frame or two in a well-formed file, but
+        it may count a longer sound track or a lead-in, and in a cut or miswritten file it is what the
+        header claims. A file whose header states no duration is scanned all the same.
+
+    Raises:
+      VideoError: the file is missing, unreadable, or holds no video frame.
+    """
+    with _open(path) as (container, stream):
+        stream.codec_context.thread_count = 1
+        frame = next(filter(None, _decoded(container, stream)), None)
+        declared = _declared_duration(container, stream)
+        if not scan and declared and stream.average_rate:
+            return _info(path, stream, frame, declared, round(declared * stream.average_rate), declared)
+        line = _scan(path)
+        return _info(path, stream, frame, line.duration, len(line.pts), declared)
+
+
+def choose_frames(pts: np.ndarray, end: int, num_frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Chooses frames by the time they are shown at.
+
+    A video of at most `num_frames` frames gives each of them once. Else [0, end) is split into `num_frames`
+    equal intervals and an instant is taken in each, its centre or with `rng` a uniformly drawn one. Each
+    instant takes the frame being shown then: the last with pts <= instant. A frame shown at several
+    instants (variable frame rate, intervals of about a frame) is taken once: there are never duplicates,
+    and may be fewer frames than asked, for the caller to pad and mask.
+
+    Args:
+      pts: i64[N], strictly increasing presentation times in ticks, the first 0.
+      end: the video's duration in ticks.
+      num_frames: T.
+      rng: None for the centres.
+
+    Returns:
+      i64[<= T], strictly increasing indices into pts.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}, expected at least 1.")
+    if len(pts) <= num_frames:
+        return np.arange(len(pts))
+    instants: np.ndarray
+    if rng is None:  # in integers: centres often fall exactly on the start of a frame
+        instants = (2 * np.arange(num_frames, dtype=np.int64) + 1) * end // (2 * num_frames)
+    else:
+        instants = (np.arange(num_frames) + rng.random(num_frames)) * (end / num_frames)
+    return np.unique(np.searchsorted(pts, instants, side="right") - 1)
+
+
+def sample_frames(
+    path: StrPath,
+    num_frames: int,
+    *,
+    size: tuple[int, int],
+    rng: np.random.Generator | None = None,
+    threads: int = 1,
+) -> Frames:
+    """Frames of a video as RGB, chosen by `choose_frames`.
+
+    The picture is turned upright and resized to `size` whatever its aspect, as the published system does,
+    with swscale's bicubic: its kernel widens when shrinking, so it does not alias, and unlike the cheaper
+    area filter it interpolates where it enlarges. Colours follow the stream's tags; an untagged stream is
+    read as limited-range BT.601, libav's default.
+
+    Args:
+      path: a local file.
+      num_frames: T, at least 1. Fewer come back from a video with fewer.
+      size: (H, W) of the images.
+      rng: None for the frame at each interval's centre, a generator for a random one.
+      threads: of the decoder. 1 suits callers that read several files in parallel.
+
+    Raises:
+      VideoError: the file is missing, unreadable, or none of it decodes. Single damaged frames are replaced
+        and counted instead.
+    """
+    scaler = VideoReformatter()
+
+    def convert(frame: VideoFrame) -> np.ndarray:
+        turns = _quarter_turns(frame)
+        return np.rot90(_pixels(_scale(scaler, frame, size, turns, "rgb24").planes[0], 3), -turns)
+
+    images, times, info, damaged, substituted = _pick(path, num_frames, rng, convert, threads)
+    return Frames(np.stack(images), times, info, damaged, substituted)
+
+
+def sample_jpegs(
+    path: StrPath, num_frames: int, *, size: tuple[int, int], quality: int, threads: int = 1
+) -> EncodedFrames:
+    """The frames of `sample_frames` (without rng) as JPEG files, without a detour over RGB.
+
+    swscale's planes go to libav's encoder as full-range BT.601, which JFIF readers assume, in 4:2:0: videos
+    hold their colour so, and 4:4:4 would cost a third more bytes and nearly half more encoding time.
+
+    Args:
+      path, num_frames, size, threads: as in `sample_frames`.
+      quality: 1..100. libav's quantiser is 1 + (100 - quality) / 5, rounded. From 50 to 95 the error is
+        within 1 dB of what libjpeg makes at that number, and the files are smaller.
+
+    Raises:
+      VideoError: as `sample_frames`.
+    """
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality is {quality}, expected 1..100.")
+    scaler, encoder, count = VideoReformatter(), _jpeg_encoder(size, quality), 0
+
+    def convert(frame: VideoFrame) -> bytes:
+        nonlocal count
+        turns = _quarter_turns(frame)
+        picture = _upright(_scale(scaler, frame, size, turns, "yuvj420p"), turns)
+        picture.pts, picture.time_base = count, encoder.time_base  # the encoder wants times that grow
+        count += 1
+        return b"".join(bytes(packet) for packet in encoder.encode(picture))
+
+    return EncodedFrames(*_pick(path, num_frames, None, convert, threads))
+
+
+def decode_jpegs(jpegs: Sequence[bytes], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+    """Decodes JPEG files to RGB, through swscale's fast path: colour takes its nearest sample.
+
+    Args:
+      jpegs: T JPEG files. One that is not of the size is resized.
+      size: (H, W).
+      out: u8[T, H, W, 3] to decode into; None makes one.
+
+    Returns:
+      out, u8[T, H, W, 3].
+
+    Raises:
+      JpegError: one of them does not decode.
+    """
+    shape = (len(jpegs), *size, 3)
+    if out is None:
+        out = np.empty(shape, np.uint8)
+    elif out.shape != shape or out.dtype != np.uint8:
+        raise ValueError(f"out is {out.dtype}{out.shape}, expected uint8{shape}.")
+    decoder, scaler = VideoCodecContext.create("mjpeg", "r"), VideoReformatter()
+    decoder.thread_count = 1
+    for index, data in enumerate(jpegs):
+        # A file cut short may decode in part, and an empty packet would end the stream: look for JPEG's end.
+        frame = _feed(decoder, av.Packet(data))[:1] if b"\xff\xd9" in data else []
+        if not frame or frame[0] is None:
+            raise JpegError(f"jpeg {index} of {len(jpegs)}", f"{len(data)} bytes that are no JPEG file.")
+        rgb = scaler.reformat(frame[0], size[1], size[0], "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
+        out[index] = _pixels(rgb.planes[0], 3)
+    return out
+
+
+class _Inexact(Exception):
+    """This way of decoding cannot be trusted to return the frames asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Timeline:
+    """The presented frames, in order of presentation, and where they stand in the stream."""
+
+    pts: np.ndarray  # i64[N], in ticks
+    packet: np.ndarray  # i64[N], the position of each one's packet, in decode order
+    key: np.ndarray  # bool[N]
+    end: int  # ticks from the first frame to the end of the last
+    tick: float  # seconds
+    stamped: bool  # packets carry presentation times
+    ordered: bool  # and these can be right (see `_scan`)
+
+    @property
+    def duration(self) -> float:
+        return self.end * self.tick
+
+
+@contextlib.contextmanager
+def _open(path: StrPath) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Opens a file at its first real video stream; libav's errors, in the body too, become `VideoError`."""
+    name = os.fspath(path)
+    if not os.path.exists(name):
+        raise VideoMissingError(name, "no such file, expected a video.")
+    if not os.path.isfile(name):
+        raise VideoUnreadableError(name, "not a regular file, expected a video.")
+    try:
+        # "file:" keeps a colon in the name from being taken for a protocol.
+        with av.open(f"file:{name}", **_ANY_METADATA) as container:
+            videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not videos:
+                kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+                raise VideoNoStreamError(name, f"holds no video stream but {kinds}, expected one.")
+            if videos[0].codec_context is None:
+                raise VideoUnreadableError(name, "libav has no decoder for its video stream, expected one.")
+            yield container, videos[0]
+    except (av.FFmpegError, OSError) as error:
+        found = f"{os.path.getsize(name)} bytes of which libav says {error.strerror!r}"
+        raise VideoUnreadableError(name, f"{found}, expected a video.") from error
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """Every packet with data, in decode order. A read error ends the stream; what came before counts.
+
+    Packets without data (dropped AVI frames) are left out: a decoder takes one for the end of the stream.
+    """
+    with contextlib.suppress(av.FFmpegError):
+        yield from (packet for packet in container.demux(stream) if packet.size)
+
+
+def _feed(context: VideoCodecContext, packet: av.Packet | None) -> list[VideoFrame | None]:
+    """The frames a packet brings out, [None] where it does not decode. A packet None drains the decoder."""
+    try:
+        return list(context.decode(packet))
+    except av.FFmpegError:
+        return [None]
+
+
+def _decoded(
+    container: InputContainer, stream: VideoStream, ranges: Sequence[tuple[int, int]] = ()
+) -> Iterator[VideoFrame | None]:
+    """Frames of the packets in `ranges` (none: of all), None for each packet that does not decode.
+
+    Packets between ranges are read and left out rather than sought over: a seek lands where the container's
+    index says, which need not be where a decoder can start.
+    """
+    context, left = stream.codec_context, list(ranges)
+    for position, packet in enumerate(_packets(container, stream)):
+        if left and position >= left[0][1]:
+            yield from _feed(context, None)
+            context.flush_buffers()
+            del left[0]
+            if not left:
+                return
+        if not left or position >= left[0][0]:
+            yield from _feed(context, packet)
+    yield from _feed(context, None)
+
+
+def _scan(path: StrPath) -> _Timeline:
+    """Reads the whole file, decoding nothing, for its timeline."""
+    rows: list[tuple[int | None, int | None, int | None, bool, bool]] = []
+    with _open(path) as (container, stream):
+        context = stream.codec_context
+        vp8 = context.codec.canonical_name == "vp8"
+        for packet in _packets(container, stream):
+            # VP8 has packets that hold only a reference picture; bit 4 of the first byte says "show".
+            shown = not packet.is_discard and not (vp8 and not memoryview(packet)[0] & 16)
+            rows.append((packet.pts, packet.dts, packet.duration, packet.is_keyframe, shown))
+        tick = float(stream.time_base or 1 / av.time_base)
+        gap = max(round(1 / (float(stream.average_rate) * tick)), 1) if stream.average_rate else 1
+        reorders = context.has_b_frames
+    start = next((i for i, row in enumerate(rows) if row[3]), 0)  # what a cut stream has before cannot decode
+    at = np.array([i for i, row in enumerate(rows) if i >= start and row[4]], np.int64)
+    if not len(at):
+        raise VideoNoFramesError(path, f"{len(rows)} video packets, none of them shown, expected frames.")
+    # Raw streams have no times. Frames leave a decoder in the order they are shown, so any times in that
+    # order will do.
+    stamped = all(rows[i][0] is not None for i in at)
+    stamps = [rows[i][0 if stamped else 1] for i in at]
+    pts = np.arange(len(at)) * gap if None in stamps else np.array(stamps, np.int64)
+    # A container without presentation times (AVI) gives itself away by times in decode order where the
+    # codec reorders frames.
+    ordered = stamped and not (reorders and len(pts) > 2 and bool(np.all(np.diff(pts) > 0)))
+    pts, index = np.unique(pts, return_index=True)
+    at = at[index]
+    last = rows[at[-1]][2] or (int(np.median(np.diff(pts))) if len(pts) > 1 else gap)
+    key = np.array([rows[i][3] for i in at], bool)
+    return _Timeline(pts, at, key, int(pts[-1] - pts[0]) + last, tick, stamped, ordered)
+
+
+def _declared_duration(container: InputContainer, stream: VideoStream) -> float:
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base
+
+
+def _info(
+    path: StrPath, stream: VideoStream, frame: VideoFrame | None, duration: float, count: int, declared: float
+) -> VideoInfo:
+    if frame is None:
+        raise VideoNoFramesError(path, "a video stream of which nothing decodes, expected frames.")
+    turns = _quarter_turns(frame)
+    width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+    codec = stream.codec_context.codec.canonical_name
+    return VideoInfo(duration, count / duration, width, height, 90 * turns, codec, count, declared)
+
+
+def _ranges(line: _Timeline, wanted: np.ndarray) -> list[tuple[int, int]]:
+    """The packets, [start, stop) in decode order, that the wanted frames need; [] for all.
+
+    A frame can be decoded from the last key packet that precedes it in the stream and on screen. The latter
+    keeps open groups exact: a picture after a key packet in the stream but before it on screen leans on the
+    group before.
+    """
+    ranges: list[tuple[int, int]] = []
+    for index in wanted:
+        keys = line.packet[: index + 1][line.key[: index + 1]]
+        start = int(keys[keys <= line.packet[index]].max(initial=0))
+        stop = int(line.packet[index]) + 1
+        while ranges and start <= ranges[-1][1]:
+            start, stop = min(start, ranges[-1][0]), max(stop, ranges.pop()[1])
+        ranges.append((start, stop))
+    return ranges if len(ranges) > 1 or ranges[0][0] > 0 else []
+
+
+def _pick(
+    path: StrPath,
+    num_frames: int,
+    rng: np.random.Generator | None,
+    convert: Callable[[VideoFrame], _T],
+    threads: int,
+) -> tuple[list[_T], np.ndarray, VideoInfo, int, int]:
+    """Chooses frames and returns them converted, with the other fields of `Frames`."""
+    line = _scan(path)
+    wanted = choose_frames(line.pts - line.pts[0], line.end, num_frames, rng)
+    ranges = _ranges(line, wanted) if line.ordered else []
+    # From cheap to tolerant: without the groups of pictures that hold no wanted frame; all packets; and
+    # counting frames, where the container's times cannot be those of the frames.
+    if ranges:
+        with contextlib.suppress(_Inexact):
+            return _decode(path, line, wanted, convert, threads, ranges=ranges)
+    if line.stamped:
+        with contextlib.suppress(_Inexact):
+            return _decode(path, line, wanted, convert, threads)
+    return _decode(path, line, wanted, convert, threads, by_rank=True)
+
+
+def _decode(
+    path: StrPath,
+    line: _Timeline,
+    wanted: np.ndarray,
+    convert: Callable[[VideoFrame], _T],
+    threads: int,
+    ranges: Sequence[tuple[int, int]] = (),
+    by_rank: bool = False,
+) -> tuple[list[_T], np.ndarray, VideoInfo, int, int]:
+    """Decodes the wanted frames (indices into the timeline) and converts each at once.
+
+    A frame is known by its presentation time or, `by_rank`, as the n-th to come out. A wanted frame that
+    does not come is replaced by the one before, but raises `_Inexact` where the fault may be ours: with
+    `ranges` or doubtful times. So do any other sign of a wrong start in `ranges`, and times out of order.
+    """
+    labels = np.arange(len(line.pts)) if by_rank else line.pts
+    entries = set(line.pts[line.key & np.isin(line.packet, [start for start, _ in ranges])].tolist())
+    strict = bool(ranges) or not (line.ordered or by_rank)
+    pending = wanted[::-1].tolist()
+    taken: list[int] = []
+    items: list[_T] = []
+    before: tuple[int, VideoFrame] | None = None
+    info: VideoInfo | None = None
+    damaged = substituted = 0
+
+    def take(index: int, frame: VideoFrame) -> None:
+        if not taken or taken[-1] < index:
+            taken.append(index)
+            items.append(convert(frame))
+
+    with _open(path) as (container, stream):
+        stream.codec_context.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
+        for rank, frame in enumerate(_decoded(container, stream, ranges)):
+            if frame is None:
+                damaged += 1
+                if ranges:
+                    raise _Inexact
+                continue
+            if not info:
+                declared = _declared_duration(container, stream)
+                info = _info(path, stream, frame, line.duration, len(line.pts), declared)
+            label = rank if by_rank else frame.pts
+            if label is None:
+                raise _Inexact
+            here = max(int(np.searchsorted(labels, label, side="right")) - 1, 0)
+            if before and here < before[0]:
+                raise _Inexact
+            if ranges and (frame.is_corrupt or label in entries and not frame.key_frame):
+                raise _Inexact
+            entries.discard(label)
+            while pending and labels[pending[-1]] < label:
+                if strict:
+                    raise _Inexact
+                pending.pop()
+                substituted += 1
+                take(*(before or (here, frame)))
+            if pending and labels[pending[-1]] == label:
+                take(pending.pop(), frame)
+            before = here, frame
+            if not pending:
+                break
+        if strict and (pending or entries):
+            raise _Inexact
+        if info is None or before is None:
+            raise VideoNoFramesError(path, f"{len(line.pts)} video frames of which none decodes.")
+        if pending:
+            take(*before)
+    times = ((line.pts[taken] - line.pts[0]) * line.tick).astype(np.float32)
+    return items, times, info, damaged, substituted + len(pending)
+
+
+def _quarter_turns(frame: VideoFrame) -> int:
+    """Quarter turns clockwise that bring the stored picture upright."""
+    return round(-frame.rotation / 90) % 4
+
+
+def _scale(
+    scaler: VideoReformatter, frame: VideoFrame, size: tuple[int, int], turns: int, pixel_format: str
+) -> VideoFrame:
+    """The frame in a full-range format, resized so that `turns` quarter turns make it `size`."""
+    height, width = size[::-1] if turns % 2 else size
+    return scaler.reformat(
+        frame,
+        width,
+        height,
+        pixel_format,
+        dst_colorspace=Colorspace.ITU601,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=Interpolation.BICUBIC,
+        threads=1,
+    )
+
+
+def _pixels(plane: VideoPlane, channels: int) -> np.ndarray:
+    """A view of a plane without its row padding: u8[H, W, channels]."""
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+    return rows[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
+
+
+def _upright(frame: VideoFrame, turns: int) -> VideoFrame:
+    """A planar frame, turned clockwise. The copy has no display matrix, which an encoder might store."""
+    if not turns:
+        return frame
+    width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+    turned = VideoFrame(width, height, frame.format.name)
+    turned.color_range, turned.colorspace = frame.color_range, frame.colorspace
+    for source, target in zip(frame.planes, turned.planes, strict=True):
+        _pixels(target, 1)[:] = np.rot90(_pixels(source, 1), -turns)
+    return turned
+
+
+def _jpeg_encoder(size: tuple[int, int], quality: int) -> VideoCodecContext:
+    """libav's JPEG encoder at a constant quantiser. Opening one takes 0.06 ms, so each call makes its own."""
+    encoder = VideoCodecContext.create("mjpeg", "w")
+    encoder.height, encoder.width = size
+    encoder.pix_fmt = "yuvj420p"
+    encoder.time_base = Fraction(1, 25)
+    encoder.sample_aspect_ratio = Fraction(1, 1)  # or there would be no JFIF header
+    encoder.thread_count = 1  # or packets would come late
+    encoder.qmin = encoder.qmax = 1 + round((100 - quality) / 5)
+    encoder.options = {"huffman": "default"}  # optimal tables: 5 % smaller, 30 % slower
+    encoder.flags |= Flags.bitexact  # no version string in each file
+    return encoder
