@@ -9,10 +9,11 @@ header, which miscounts frames (edit lists, live WebM, cut files). A video lasts
 been shown. Pixels are taken as square, and a mirroring display matrix is not undone.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar, TypeVar
 
@@ -31,6 +32,10 @@ StrPath = str | os.PathLike[str]
 
 # Titles come in any encoding. From version 19 on PyAV takes them as they are.
 _ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
+
+# The packets of a file up to this size are kept from the pass that finds the frames' times to the one that
+# decodes; a larger file is read twice.
+KEPT_BYTES = 64 * 2**20
 
 _T = TypeVar("_T")
 
@@ -154,7 +159,7 @@ def probe(path: StrPath, scan: bool = True) -> VideoInfo:
     """
     with _open(path) as (container, stream):
         stream.codec_context.thread_count = 1
-        frame = next(filter(None, _decoded(container, stream)), None)
+        frame = next(filter(None, _decoded(stream.codec_context, _packets(container, stream))), None)
         declared = _declared_duration(container, stream)
         if not scan and declared and stream.average_rate:
             return _info(path, stream, frame, declared, round(declared * stream.average_rate), declared)
@@ -203,8 +208,8 @@ def sample_frames(
     """Frames of a video as RGB, chosen by `choose_frames`.
 
     The picture is turned upright and resized to `size` whatever its aspect, as the published system does,
-    with swscale's bicubic: its kernel widens when shrinking, so it does not alias, and unlike the cheaper
-    area filter it interpolates where it enlarges. Colours follow the stream's tags; an untagged stream is
+    with swscale's bilinear: its kernel widens when shrinking, so it does not alias, it interpolates where a
+    side grows, and it costs a third less than bicubic. Colours follow the stream's tags; an untagged stream is
     read as limited-range BT.601, libav's default.
 
     Args:
@@ -303,6 +308,7 @@ class _Timeline:
     key: np.ndarray  # bool[N]
     end: int  # ticks from the first frame to the end of the last
     tick: float  # seconds
+    packets: list[av.Packet] | None  # all of them, in decode order; None where the file is too large to keep
     stamped: bool  # packets carry presentation times
     ordered: bool  # and these can be right (see `_scan`)
 
@@ -352,15 +358,15 @@ def _feed(context: VideoCodecContext, packet: av.Packet | None) -> list[VideoFra
 
 
 def _decoded(
-    container: InputContainer, stream: VideoStream, ranges: Sequence[tuple[int, int]] = ()
+    context: VideoCodecContext, packets: Iterable[av.Packet], ranges: Sequence[tuple[int, int]] = ()
 ) -> Iterator[VideoFrame | None]:
     """Frames of the packets in `ranges` (none: of all), None for each packet that does not decode.
 
     Packets between ranges are read and left out rather than sought over: a seek lands where the container's
     index says, which need not be where a decoder can start.
     """
-    context, left = stream.codec_context, list(ranges)
-    for position, packet in enumerate(_packets(container, stream)):
+    left = list(ranges)
+    for position, packet in enumerate(packets):
         if left and position >= left[0][1]:
             yield from _feed(context, None)
             context.flush_buffers()
@@ -374,6 +380,7 @@ def _decoded(
 
 def _scan(path: StrPath) -> _Timeline:
     """Reads the whole file, decoding nothing, for its timeline."""
+    kept: list[av.Packet] | None = [] if os.path.exists(path) and os.path.getsize(path) <= KEPT_BYTES else None
     rows: list[tuple[int | None, int | None, int | None, bool, bool]] = []
     with _open(path) as (container, stream):
         context = stream.codec_context
@@ -381,6 +388,8 @@ def _scan(path: StrPath) -> _Timeline:
         for packet in _packets(container, stream):
             # VP8 has packets that hold only a reference picture; bit 4 of the first byte says "show".
             shown = not packet.is_discard and not (vp8 and not memoryview(packet)[0] & 16)
+            if kept is not None:
+                kept.append(packet)
             rows.append((packet.pts, packet.dts, packet.duration, packet.is_keyframe, shown))
         tick = float(stream.time_base or 1 / av.time_base)
         gap = max(round(1 / (float(stream.average_rate) * tick)), 1) if stream.average_rate else 1
@@ -401,7 +410,7 @@ def _scan(path: StrPath) -> _Timeline:
     at = at[index]
     last = rows[at[-1]][2] or (int(np.median(np.diff(pts))) if len(pts) > 1 else gap)
     key = np.array([rows[i][3] for i in at], bool)
-    return _Timeline(pts, at, key, int(pts[-1] - pts[0]) + last, tick, stamped, ordered)
+    return _Timeline(pts, at, key, int(pts[-1] - pts[0]) + last, tick, kept, stamped, ordered)
 
 
 def _declared_duration(container: InputContainer, stream: VideoStream) -> float:
@@ -476,7 +485,7 @@ def _decode(
     does not come is replaced by the one before, but raises `_Inexact` where the fault may be ours: with
     `ranges` or doubtful times. So do any other sign of a wrong start in `ranges`, and times out of order.
     """
-    labels = np.arange(len(line.pts)) if by_rank else line.pts
+    labels: Sequence[int] = range(len(line.pts)) if by_rank else line.pts.tolist()
     entries = set(line.pts[line.key & np.isin(line.packet, [start for start, _ in ranges])].tolist())
     strict = bool(ranges) or not (line.ordered or by_rank)
     pending = wanted[::-1].tolist()
@@ -494,7 +503,8 @@ def _decode(
     with _open(path) as (container, stream):
         stream.codec_context.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
-        for rank, frame in enumerate(_decoded(container, stream, ranges)):
+        packets = _packets(container, stream) if line.packets is None else line.packets
+        for rank, frame in enumerate(_decoded(stream.codec_context, packets, ranges)):
             if frame is None:
                 damaged += 1
                 if ranges:
@@ -506,7 +516,7 @@ def _decode(
             label = rank if by_rank else frame.pts
             if label is None:
                 raise _Inexact
-            here = max(int(np.searchsorted(labels, label, side="right")) - 1, 0)
+            here = max(bisect.bisect_right(labels, label) - 1, 0)
             if before and here < before[0]:
                 raise _Inexact
             if ranges and (frame.is_corrupt or label in entries and not frame.key_frame):
@@ -550,7 +560,7 @@ def _scale(
         pixel_format,
         dst_colorspace=Colorspace.ITU601,
         dst_color_range=ColorRange.JPEG,
-        interpolation=Interpolation.BICUBIC,
+        interpolation=Interpolation.BILINEAR,
         threads=1,
     )
 

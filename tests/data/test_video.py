@@ -85,7 +85,7 @@ def decode_plainly(path, size, limit=10**6):
                 continue
             for frame in decoded:
                 small = frame.to_ndarray(
-                    format="rgb24", width=size[1], height=size[0], interpolation=Interpolation.BICUBIC, threads=1
+                    format="rgb24", width=size[1], height=size[0], interpolation=Interpolation.BILINEAR, threads=1
                 )
                 frames.append((frame.pts, np.rot90(small, round(frame.rotation / 90))))
             if len(frames) >= limit:
@@ -186,6 +186,15 @@ class TestChosenFrames:
             np.testing.assert_array_equal(image, all_pictures(path)[index])
         assert len(calls) == COUNT
         assert sum("ranges" in call for call in calls) >= COUNT - line.packet[line.key][1] - 5
+
+    @pytest.mark.parametrize("kind", ["h264 open groups", "mpeg4 avi, b-frames"])
+    def test_are_the_same_in_a_file_too_large_to_keep(self, kind, tmp_path, monkeypatch):
+        name, codec, options, b_frames = KINDS[kind]
+        path = write_video(tmp_path / name, codec, COUNT, options=options, b_frames=b_frames)
+        kept = video.sample_frames(path, 9, size=SIZE)
+        monkeypatch.setattr(video, "KEPT_BYTES", 0)
+        assert video._scan(path).packets is None
+        np.testing.assert_array_equal(video.sample_frames(path, 9, size=SIZE).images, kept.images)
 
     def test_are_held_one_at_a_time(self, clip, monkeypatch):
         class Held:
