@@ -8,6 +8,7 @@ import codecs
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -85,11 +86,12 @@ def stream_rows(path: epath.PathLike) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class VideoFile:
-    """A video of the tree: its id, path, and, where it cannot be opened, why."""
+    """A video of the tree: its id and path, and size and time of change (ns), by which another content shows."""
 
     id: str
     path: epath.Path
     size: int
+    changed: int
 
 
 class VideoCatalog:
@@ -118,7 +120,8 @@ class VideoCatalog:
                     Entry(name, "path", "duplicate_video_id", "rejected", f"{relative}: {kept} has the same id")
                 )
                 continue
-            self.files[name] = VideoFile(name, path, path.stat().length)
+            stat = os.stat(path)  # epath's own has whole seconds only
+            self.files[name] = VideoFile(name, path, stat.st_size, stat.st_mtime_ns)
         self.files = dict(sorted(self.files.items()))
 
     @functools.cache  # noqa: B019 - the catalogue lives as long as the build

@@ -221,7 +221,7 @@ def test_a_changed_video_is_decoded_again_after_a_failed_build(good, tmp_path):
     shutil.copytree(good / "videos", manual / "videos")
     victim = sorted((manual / "videos").rglob("*.mp4"))[0]
     whole = victim.read_bytes()
-    victim.write_bytes(b"not a video")
+    victim.write_bytes(bytes(len(whole)))  # of the same size
     with pytest.raises(manifest.TooMuchLost):
         build("ivcr200k_videos", manual_dir=manual, data_dir=tmp_path / "data", config=CONFIG, max_loss=0.0)
     victim.write_bytes(whole)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ivcr_jax.data import packing, prompt
-from ivcr_jax.data.dialogue import LANGUAGES, Intent
+from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, Turn
 from ivcr_jax.data.encoding import EncodingConfig, encode, show
 from ivcr_jax.data.store import DialogueStore, VideoStore
 from tests.data import sources
@@ -164,6 +164,60 @@ def test_the_plan_packs_every_dialogue_once_and_within_limits(stores):
         assert total <= plan.used <= total * 1.02
     assert plan_of(stores, seed=1).items.tolist() != plan_of(stores, seed=0).items.tolist()
     assert plan_of(stores, seed=1).items.tolist() == plan_of(stores, seed=1).items.tolist()
+
+
+class Dialogues(list):
+    """Dialogues as a store gives them."""
+
+
+def test_a_dialogue_is_measured_as_it_is_written(stores):
+    """To the token, where numbers and times have as many digits as they can."""
+    dialogues, videos, tokenizer = stores
+    checked = 0
+    for layout in ("isolated", "inline"):
+        config = dataclasses.replace(PACK, encoding=dataclasses.replace(PACK.encoding, layout=layout))
+        for record in range(len(dialogues)):
+            dialogue = dialogues[record]
+            if any(videos.duration[turn.video_id] >= 10 for turn in dialogue.turns if turn.intent == Intent.MOMENT):
+                continue
+            plan = plan_of((Dialogues([dialogue]), videos, tokenizer), config)
+            times = {name: row_times(videos, name, config) for name in dialogue.videos}
+            alone = encode(show(dialogue, config.encoding, insert_truth=True), tokenizer, config.encoding, times)
+            assert plan.used == len(alone.tokens)
+            checked += len(dialogue.turns) > 1
+    assert checked > 20
+
+
+def test_the_bound_holds_for_every_place_the_truth_may_take(stores):
+    _, videos, tokenizer = stores
+    names = tuple(videos.duration)
+    assert len(names) == 12  # numbers of one digit and of two
+    turns = (
+        Turn("Find it.", "It is in video 1.", Intent.VIDEO, "en", names[0], names),
+        Turn("When?", "In video 1 at 1.0s-2.0s.", Intent.MOMENT, "en", names[0], (), (1.0, 2.0)),
+    )
+    dialogue = Dialogue("d", "train", 2, turns)
+    config = dataclasses.replace(PACK, encoding=dataclasses.replace(PACK.encoding, max_candidates=12))
+    bound = plan_of((Dialogues([dialogue]), videos, tokenizer), config).used
+    lengths = {}
+    for seed in range(60):
+        shown = show(dialogue, config.encoding, insert_truth=True, rng=np.random.default_rng(seed))
+        lengths[shown[0].target] = len(encode(shown, tokenizer, config.encoding, {names[0]: [1.0, 2.0]}).tokens)
+    assert set(lengths) == set(range(12))
+    assert max(lengths.values()) == bound and min(lengths.values()) == bound - 3  # a digit each time it is written
+
+
+@pytest.mark.parametrize("limits", [{"video_slots": 7}, {"max_turns": 4}, {"seq_len": 400}])
+def test_no_row_exceeds_its_limits(stores, limits):
+    config = dataclasses.replace(PACK, **limits)
+    plan = plan_of(stores, config)
+    assert len(plan) > len(plan_of(stores))
+    several = 0
+    for number in range(len(plan)):
+        row, content = row_of(stores, plan, number, config)  # a video or a turn too many would be out of bounds
+        assert row["turn_mask"].sum() == sum(len(dialogue.turns) for _, dialogue in content)
+        several += len(content) > 1
+    assert several
 
 
 def test_what_does_not_fit_loses_turns_from_its_end_and_is_listed(stores):

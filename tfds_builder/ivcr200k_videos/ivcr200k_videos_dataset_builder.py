@@ -146,7 +146,7 @@ class Builder(resumable.ResumableBuilder):
                 str(self.version),
                 config.name,
                 JPEG_QUALITY,
-                [(file.id, file.size, file.path.stat().mtime) for file in shard],
+                [(file.id, file.size, file.changed) for file in shard],
             )
             videos = tuple((file.id, str(file.path)) for file in shard)
             jobs.append(VideoJob(SPLIT, key, videos, config.frames, config.size))
