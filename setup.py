@@ -59,7 +59,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["ivcr_jax*", "tfds_builder*", "configs*"]),
-    include_package_data=True,
+    package_data={"tfds_builder": ["*/README.md", "*/CITATIONS.bib", "*/TAGS.txt", "*/checksums.tsv"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
 )

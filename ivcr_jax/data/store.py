@@ -29,7 +29,7 @@ def index_file(split: str) -> str:
 
 
 class DatasetNotFound(Exception):
-    """A folder does not hold the one built dataset it should."""
+    """A folder does not hold the one whole dataset it should."""
 
 
 class _Records:
@@ -55,7 +55,17 @@ class _Records:
             info = tfds.builder_from_directory(self.directory).info
             paths = [os.fspath(path) for path in info.splits[self.split].filepaths]
             self._parser = example_parser.ExampleParserNp(info.features.get_serialized_info())
-            self._source = array_record_data_source.ArrayRecordDataSource(paths)
+            try:
+                source = array_record_data_source.ArrayRecordDataSource(paths)
+                found = f"{len(source)} records"
+            except RuntimeError as error:
+                found = str(error)
+            if found != f"{len(self)} records":  # where a file is absent, some versions raise and some count none
+                raise DatasetNotFound(
+                    f"{self.directory}: its index lists {len(self)} records of {self.split}, its shards give: {found}; "
+                    "a shard is absent or cut off"
+                )
+            self._source = source
         return self._parser.parse_example(self._source[record])
 
     def features(self) -> tfds.features.FeaturesDict:

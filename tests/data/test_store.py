@@ -1,6 +1,7 @@
 """The stores, against what was put in."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +86,18 @@ def test_half_written_features_do_not_count(folder, tmp_path):
         store.write_features(
             folder / "features", [sources.features_of(1)], shape=sources.SHAPE, dtype=np.float32, fingerprint="x"
         )
+
+
+@pytest.mark.parametrize("fault", ["absent", "empty"])
+def test_a_missing_shard_is_not_read_past(folder, tmp_path, fault):
+    copy = tmp_path / "features"
+    shutil.copytree(folder / "features", copy)
+    (shard,) = copy.glob("*array_record*")
+    shard.unlink()
+    if fault == "empty":
+        shard.write_bytes(b"")
+    with pytest.raises(store.DatasetNotFound, match="index lists 12 records of corpus, .* a shard is absent"):
+        store.VideoStore(copy).read("corpus/v1")
 
 
 def test_what_is_no_dataset_says_so(folder, tmp_path):
