@@ -29,6 +29,7 @@ RUNTIME = [
     "orbax-checkpoint==0.12.8",
     "sentencepiece==0.2.3",
     "tensorflow-datasets==4.9.10",
+    "tqdm==4.70.1",
 ]
 
 EXTRAS = {

@@ -136,6 +136,10 @@ class ResumableBuilder(dataset_builder.FileReaderBuilder):
         }
         (target / store.SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         staging.rmtree()
+        for parent in staging.parents:  # up to .staging, unless another build has something there
+            if parent == self.data_dir_root or not parent.is_dir() or any(parent.iterdir()):
+                break
+            parent.rmdir()
         logging.info("%s", json.dumps(summary, ensure_ascii=False))
 
     def _run(self, jobs: list[Job], staging: epath.Path, config: tfds.download.DownloadConfig) -> None:
