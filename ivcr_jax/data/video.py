@@ -1,8 +1,8 @@
 """Reading video files: what a file holds, and frames chosen by presentation time, as arrays or as JPEG.
 
-The only module that opens video files. It knows PyAV and NumPy, and nothing of dialogues, datasets, models
-or devices. It is thread-safe: every call owns its decoder, scaler and encoder, and PyAV releases the GIL
-while libav works, so callers run one file per thread. libav's log is off unless the process turns it on.
+The one door to video files; `media.py` is the room behind it. It knows PyAV and NumPy, and nothing of dialogues,
+datasets, models or devices. It is thread-safe: every call owns its decoder, scaler and encoder, and PyAV
+releases the GIL while libav works, so callers run one file per thread.
 
 Times are seconds from the first presented frame. They come from the packets of a file and not from its
 header, which miscounts frames (edit lists, live WebM, cut files). A video lasts until its last frame has
@@ -12,105 +12,28 @@ been shown. Pixels are taken as square, and a mirroring display matrix is not un
 import bisect
 import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, TypeVar
+from typing import TypeVar
 
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.container import InputContainer
-from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.plane import VideoPlane
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 
-StrPath = str | os.PathLike[str]
-
-# Titles come in any encoding. From version 19 on PyAV takes them as they are.
-_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__ < "19" else {}
-
-# The packets of a file up to this size are kept from the pass that finds the frames' times to the one that
-# decodes; a larger file is read twice.
-KEPT_BYTES = 64 * 2**20
+from ivcr_jax.data import media
+from ivcr_jax.data.media import StrPath, VideoError, VideoInfo, VideoNoFramesError
 
 _T = TypeVar("_T")
-
-
-class VideoError(Exception):
-    """A video that cannot be used: `path` is the file, `reason` a short code to count by."""
-
-    reason: ClassVar[str] = "video_error"
-
-    def __init__(self, path: StrPath, message: str):
-        super().__init__(os.fspath(path), message)  # both, or the error would not survive pickling
-        self.path = os.fspath(path)
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.args[1]}"
-
-
-class VideoMissingError(VideoError):
-    """There is no such file."""
-
-    reason = "video_missing"
-
-
-class VideoUnreadableError(VideoError):
-    """libav cannot read the file as media."""
-
-    reason = "video_unreadable"
-
-
-class VideoNoStreamError(VideoError):
-    """A media file without moving pictures; cover art does not count."""
-
-    reason = "video_no_stream"
-
-
-class VideoNoFramesError(VideoError):
-    """There is a video stream, but none of its frames decodes."""
-
-    reason = "video_no_frames"
 
 
 class JpegError(VideoError):
     """Bytes that are not a JPEG file; `path` says which of the list."""
 
     reason = "jpeg_unreadable"
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """What a video file holds.
-
-    Attributes:
-      duration: seconds, to the end of the last frame.
-      fps: frames per second on average (num_frames / duration).
-      width: of the displayed picture, in pixels, after rotation.
-      height: likewise.
-      rotation: degrees clockwise by which the stored picture is turned for display: 0, 90, 180 or 270.
-      codec: libav's name of it, "h264".
-      num_frames: presented frames; a damaged one counts, since only decoding would tell.
-      declared_duration: seconds the header promises, 0.0 where it says nothing.
-    """
-
-    duration: float
-    fps: float
-    width: int
-    height: int
-    rotation: int
-    codec: str
-    num_frames: int
-    declared_duration: float
-
-    @property
-    def truncated(self) -> bool:
-        """Whether clearly less is there (by over 5 % and a second) than the header promises: a cut file."""
-        return self.declared_duration > 1.05 * self.duration + 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +80,14 @@ def probe(path: StrPath, scan: bool = True) -> VideoInfo:
     Raises:
       VideoError: the file is missing, unreadable, or holds no video frame.
     """
-    with _open(path) as (container, stream):
+    with media.open_video(path) as (container, stream):
         stream.codec_context.thread_count = 1
-        frame = next(filter(None, _decoded(stream.codec_context, _packets(container, stream))), None)
-        declared = _declared_duration(container, stream)
+        frame = next(filter(None, media.decoded(stream.codec_context, media.packets_of(container, stream))), None)
+        declared = media.declared_duration(container, stream)
         if not scan and declared and stream.average_rate:
-            return _info(path, stream, frame, declared, round(declared * stream.average_rate), declared)
-        line = _scan(path)
-        return _info(path, stream, frame, line.duration, len(line.pts), declared)
+            return media.info_of(path, stream, frame, declared, round(declared * stream.average_rate), declared)
+        line = media.scan(path)
+        return media.info_of(path, stream, frame, line.duration, len(line.pts), declared)
 
 
 def choose_frames(pts: np.ndarray, end: int, num_frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -226,7 +149,7 @@ def sample_frames(
     scaler = VideoReformatter()
 
     def convert(frame: VideoFrame) -> np.ndarray:
-        turns = _quarter_turns(frame)
+        turns = media.quarter_turns(frame)
         return np.rot90(_pixels(_scale(scaler, frame, size, turns, "rgb24").planes[0], 3), -turns)
 
     images, times, info, damaged, substituted = _pick(path, num_frames, rng, convert, threads)
@@ -255,7 +178,7 @@ def sample_jpegs(
 
     def convert(frame: VideoFrame) -> bytes:
         nonlocal count
-        turns = _quarter_turns(frame)
+        turns = media.quarter_turns(frame)
         picture = _upright(_scale(scaler, frame, size, turns, "yuvj420p"), turns)
         picture.pts, picture.time_base = count, encoder.time_base  # the encoder wants times that grow
         count += 1
@@ -287,7 +210,7 @@ def decode_jpegs(jpegs: Sequence[bytes], size: tuple[int, int], out: np.ndarray 
     decoder.thread_count = 1
     for index, data in enumerate(jpegs):
         # A file cut short may decode in part, and an empty packet would end the stream: look for JPEG's end.
-        frame = _feed(decoder, av.Packet(data))[:1] if b"\xff\xd9" in data else []
+        frame = media.feed(decoder, av.Packet(data))[:1] if b"\xff\xd9" in data else []
         if not frame or frame[0] is None:
             raise JpegError(f"jpeg {index} of {len(jpegs)}", f"{len(data)} bytes that are no JPEG file.")
         rgb = scaler.reformat(frame[0], size[1], size[0], "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
@@ -299,155 +222,6 @@ class _Inexact(Exception):
     """This way of decoding cannot be trusted to return the frames asked for."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Timeline:
-    """The presented frames, in order of presentation, and where they stand in the stream."""
-
-    pts: np.ndarray  # i64[N], in ticks
-    packet: np.ndarray  # i64[N], the position of each one's packet, in decode order
-    key: np.ndarray  # bool[N]
-    end: int  # ticks from the first frame to the end of the last
-    tick: float  # seconds
-    packets: list[av.Packet] | None  # all of them, in decode order; None where the file is too large to keep
-    stamped: bool  # packets carry presentation times
-    ordered: bool  # and these can be right (see `_scan`)
-
-    @property
-    def duration(self) -> float:
-        return self.end * self.tick
-
-
-@contextlib.contextmanager
-def _open(path: StrPath) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Opens a file at its first real video stream; libav's errors, in the body too, become `VideoError`."""
-    name = os.fspath(path)
-    if not os.path.exists(name):
-        raise VideoMissingError(name, "no such file, expected a video.")
-    if not os.path.isfile(name):
-        raise VideoUnreadableError(name, "not a regular file, expected a video.")
-    try:
-        # "file:" keeps a colon in the name from being taken for a protocol.
-        with av.open(f"file:{name}", **_ANY_METADATA) as container:
-            videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not videos:
-                kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-                raise VideoNoStreamError(name, f"holds no video stream but {kinds}, expected one.")
-            if videos[0].codec_context is None:
-                raise VideoUnreadableError(name, "libav has no decoder for its video stream, expected one.")
-            yield container, videos[0]
-    except (av.FFmpegError, OSError) as error:
-        found = f"{os.path.getsize(name)} bytes of which libav says {error.strerror!r}"
-        raise VideoUnreadableError(name, f"{found}, expected a video.") from error
-
-
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
-    """Every packet with data, in decode order. A read error ends the stream; what came before counts.
-
-    Packets without data (dropped AVI frames) are left out: a decoder takes one for the end of the stream.
-    """
-    with contextlib.suppress(av.FFmpegError):
-        yield from (packet for packet in container.demux(stream) if packet.size)
-
-
-def _feed(context: VideoCodecContext, packet: av.Packet | None) -> list[VideoFrame | None]:
-    """The frames a packet brings out, [None] where it does not decode. A packet None drains the decoder."""
-    try:
-        return list(context.decode(packet))
-    except av.FFmpegError:
-        return [None]
-
-
-def _decoded(
-    context: VideoCodecContext, packets: Iterable[av.Packet], ranges: Sequence[tuple[int, int]] = ()
-) -> Iterator[VideoFrame | None]:
-    """Frames of the packets in `ranges` (none: of all), None for each packet that does not decode.
-
-    Packets between ranges are read and left out rather than sought over: a seek lands where the container's
-    index says, which need not be where a decoder can start.
-    """
-    left = list(ranges)
-    for position, packet in enumerate(packets):
-        if left and position >= left[0][1]:
-            yield from _feed(context, None)
-            context.flush_buffers()
-            del left[0]
-            if not left:
-                return
-        if not left or position >= left[0][0]:
-            yield from _feed(context, packet)
-    yield from _feed(context, None)
-
-
-def _scan(path: StrPath) -> _Timeline:
-    """Reads the whole file, decoding nothing, for its timeline."""
-    kept: list[av.Packet] | None = [] if os.path.exists(path) and os.path.getsize(path) <= KEPT_BYTES else None
-    rows: list[tuple[int | None, int | None, int | None, bool, bool]] = []
-    with _open(path) as (container, stream):
-        context = stream.codec_context
-        vp8 = context.codec.canonical_name == "vp8"
-        for packet in _packets(container, stream):
-            # VP8 has packets that hold only a reference picture; bit 4 of the first byte says "show".
-            shown = not packet.is_discard and not (vp8 and not memoryview(packet)[0] & 16)
-            if kept is not None:
-                kept.append(packet)
-            rows.append((packet.pts, packet.dts, packet.duration, packet.is_keyframe, shown))
-        tick = float(stream.time_base or 1 / av.time_base)
-        gap = max(round(1 / (float(stream.average_rate) * tick)), 1) if stream.average_rate else 1
-        reorders = context.has_b_frames
-    start = next((i for i, row in enumerate(rows) if row[3]), 0)  # what a cut stream has before cannot decode
-    at = np.array([i for i, row in enumerate(rows) if i >= start and row[4]], np.int64)
-    if not len(at):
-        raise VideoNoFramesError(path, f"{len(rows)} video packets, none of them shown, expected frames.")
-    # Raw streams have no times. Frames leave a decoder in the order they are shown, so any times in that
-    # order will do.
-    stamped = all(rows[i][0] is not None for i in at)
-    stamps = [rows[i][0 if stamped else 1] for i in at]
-    pts = np.arange(len(at)) * gap if None in stamps else np.array(stamps, np.int64)
-    # A container without presentation times (AVI) gives itself away by times in decode order where the
-    # codec reorders frames.
-    ordered = stamped and not (reorders and len(pts) > 2 and bool(np.all(np.diff(pts) > 0)))
-    pts, index = np.unique(pts, return_index=True)
-    at = at[index]
-    last = rows[at[-1]][2] or (int(np.median(np.diff(pts))) if len(pts) > 1 else gap)
-    key = np.array([rows[i][3] for i in at], bool)
-    return _Timeline(pts, at, key, int(pts[-1] - pts[0]) + last, tick, kept, stamped, ordered)
-
-
-def _declared_duration(container: InputContainer, stream: VideoStream) -> float:
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / av.time_base
-
-
-def _info(
-    path: StrPath, stream: VideoStream, frame: VideoFrame | None, duration: float, count: int, declared: float
-) -> VideoInfo:
-    if frame is None:
-        raise VideoNoFramesError(path, "a video stream of which nothing decodes, expected frames.")
-    turns = _quarter_turns(frame)
-    width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
-    codec = stream.codec_context.codec.canonical_name
-    return VideoInfo(duration, count / duration, width, height, 90 * turns, codec, count, declared)
-
-
-def _ranges(line: _Timeline, wanted: np.ndarray) -> list[tuple[int, int]]:
-    """The packets, [start, stop) in decode order, that the wanted frames need; [] for all.
-
-    A frame can be decoded from the last key packet that precedes it in the stream and on screen. The latter
-    keeps open groups exact: a picture after a key packet in the stream but before it on screen leans on the
-    group before.
-    """
-    ranges: list[tuple[int, int]] = []
-    for index in wanted:
-        keys = line.packet[: index + 1][line.key[: index + 1]]
-        start = int(keys[keys <= line.packet[index]].max(initial=0))
-        stop = int(line.packet[index]) + 1
-        while ranges and start <= ranges[-1][1]:
-            start, stop = min(start, ranges[-1][0]), max(stop, ranges.pop()[1])
-        ranges.append((start, stop))
-    return ranges if len(ranges) > 1 or ranges[0][0] > 0 else []
-
-
 def _pick(
     path: StrPath,
     num_frames: int,
@@ -456,9 +230,9 @@ def _pick(
     threads: int,
 ) -> tuple[list[_T], np.ndarray, VideoInfo, int, int]:
     """Chooses frames and returns them converted, with the other fields of `Frames`."""
-    line = _scan(path)
+    line = media.scan(path)
     wanted = choose_frames(line.pts - line.pts[0], line.end, num_frames, rng)
-    ranges = _ranges(line, wanted) if line.ordered else []
+    ranges = media.ranges_of(line, wanted) if line.ordered else []
     # From cheap to tolerant: without the groups of pictures that hold no wanted frame; all packets; and
     # counting frames, where the container's times cannot be those of the frames.
     if ranges:
@@ -472,7 +246,7 @@ def _pick(
 
 def _decode(
     path: StrPath,
-    line: _Timeline,
+    line: media.Timeline,
     wanted: np.ndarray,
     convert: Callable[[VideoFrame], _T],
     threads: int,
@@ -500,19 +274,19 @@ def _decode(
             taken.append(index)
             items.append(convert(frame))
 
-    with _open(path) as (container, stream):
+    with media.open_video(path) as (container, stream):
         stream.codec_context.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
-        packets = _packets(container, stream) if line.packets is None else line.packets
-        for rank, frame in enumerate(_decoded(stream.codec_context, packets, ranges)):
+        packets = media.packets_of(container, stream) if line.packets is None else line.packets
+        for rank, frame in enumerate(media.decoded(stream.codec_context, packets, ranges)):
             if frame is None:
                 damaged += 1
                 if ranges:
                     raise _Inexact
                 continue
             if not info:
-                declared = _declared_duration(container, stream)
-                info = _info(path, stream, frame, line.duration, len(line.pts), declared)
+                declared = media.declared_duration(container, stream)
+                info = media.info_of(path, stream, frame, line.duration, len(line.pts), declared)
             label = rank if by_rank else frame.pts
             if label is None:
                 raise _Inexact
@@ -541,11 +315,6 @@ def _decode(
             take(*before)
     times = ((line.pts[taken] - line.pts[0]) * line.tick).astype(np.float32)
     return items, times, info, damaged, substituted + len(pending)
-
-
-def _quarter_turns(frame: VideoFrame) -> int:
-    """Quarter turns clockwise that bring the stored picture upright."""
-    return round(-frame.rotation / 90) % 4
 
 
 def _scale(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 
-from ivcr_jax.data import video
+from ivcr_jax.data import media, video
 from tests.conftest import REALDATA
 from tests.data.video_fixtures import (
     HEIGHT,
@@ -166,8 +166,8 @@ class TestChosenFrames:
 
     def test_cost_only_the_groups_they_are_in(self, clip, monkeypatch):
         fed = []
-        feed = video._feed
-        monkeypatch.setattr(video, "_feed", lambda context, packet: fed.append(packet) or feed(context, packet))
+        feed = media.feed
+        monkeypatch.setattr(media, "feed", lambda context, packet: fed.append(packet) or feed(context, packet))
         got = video.sample_frames(clip, 2, size=SIZE)
         assert [number_of(image) for image in got.images] == [15, 45]
         assert sum(packet is not None for packet in fed) <= 24  # two groups of twelve, out of five
@@ -176,7 +176,7 @@ class TestChosenFrames:
     def test_are_found_at_the_first_attempt(self, kind, tmp_path, monkeypatch):
         name, codec, options, b_frames = KINDS[kind]
         path = write_video(tmp_path / name, codec, COUNT, options=options, b_frames=b_frames)
-        line = video._scan(path)
+        line = media.scan(path)
         calls = []
         decode = video._decode
         monkeypatch.setattr(video, "_decode", lambda *a, **k: calls.append(k) or decode(*a, **k))
@@ -192,8 +192,8 @@ class TestChosenFrames:
         name, codec, options, b_frames = KINDS[kind]
         path = write_video(tmp_path / name, codec, COUNT, options=options, b_frames=b_frames)
         kept = video.sample_frames(path, 9, size=SIZE)
-        monkeypatch.setattr(video, "KEPT_BYTES", 0)
-        assert video._scan(path).packets is None
+        monkeypatch.setattr(media, "KEPT_BYTES", 0)
+        assert media.scan(path).packets is None
         np.testing.assert_array_equal(video.sample_frames(path, 9, size=SIZE).images, kept.images)
 
     def test_are_held_one_at_a_time(self, clip, monkeypatch):
@@ -204,8 +204,8 @@ class TestChosenFrames:
             def __getattr__(self, name):
                 return getattr(self.frame, name)
 
-        decoded = video._decoded
-        monkeypatch.setattr(video, "_decoded", lambda *a: (Held(frame) for frame in decoded(*a)))
+        decoded = media.decoded
+        monkeypatch.setattr(media, "decoded", lambda *a: (Held(frame) for frame in decoded(*a)))
         made = weakref.WeakSet()
         most = []
 
@@ -296,12 +296,12 @@ class TestUnusableFiles:
     @pytest.mark.parametrize(
         ("reason", "error", "make"),
         [
-            ("video_missing", video.VideoMissingError, lambda path: None),
-            ("video_unreadable", video.VideoUnreadableError, lambda path: path.mkdir()),
-            ("video_unreadable", video.VideoUnreadableError, lambda path: path.write_bytes(b"")),
-            ("video_unreadable", video.VideoUnreadableError, lambda path: path.write_text("no film\n" * 50)),
-            ("video_unreadable", video.VideoUnreadableError, lambda path: cut(write_video(path), 0.5)),
-            ("video_no_stream", video.VideoNoStreamError, write_audio),
+            ("video_missing", media.VideoMissingError, lambda path: None),
+            ("video_unreadable", media.VideoUnreadableError, lambda path: path.mkdir()),
+            ("video_unreadable", media.VideoUnreadableError, lambda path: path.write_bytes(b"")),
+            ("video_unreadable", media.VideoUnreadableError, lambda path: path.write_text("no film\n" * 50)),
+            ("video_unreadable", media.VideoUnreadableError, lambda path: cut(write_video(path), 0.5)),
+            ("video_no_stream", media.VideoNoStreamError, write_audio),
         ],
         ids=["missing", "folder", "empty", "text", "cut mp4", "sound only"],
     )
@@ -331,7 +331,7 @@ class TestUnusableFiles:
         with pytest.raises(video.VideoError) as caught:
             video.probe(tmp_path / "none.mp4")
         copy = pickle.loads(pickle.dumps(caught.value))
-        assert type(copy) is video.VideoMissingError
+        assert type(copy) is media.VideoMissingError
         assert (str(copy), copy.path) == (str(caught.value), caught.value.path)
 
 
@@ -445,7 +445,7 @@ class TestOddFiles:
         path.write_bytes(b"ID3\3\0\0" + seven_bits + picture + write_audio(tmp_path / "s.aac").read_bytes())
         with av.open(str(path)) as container:
             assert len(container.streams.video) == 1
-        with pytest.raises(video.VideoNoStreamError, match=r"song\.aac"):
+        with pytest.raises(media.VideoNoStreamError, match=r"song\.aac"):
             video.probe(path)
 
 
