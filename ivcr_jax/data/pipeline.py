@@ -106,10 +106,10 @@ class Pipeline:
             ).encode()
         ).hexdigest()
         self.plan = self._plan(dialogues, videos, tokenizer, cache_dir)
-        self.steps = -(-len(self.plan) // config.batch_size)
         self._batches = _Batches(
             dialogues, videos, tokenizer, config, self.plan, process_index, config.batch_size // process_count
         )
+        self.steps = self._batches.steps
 
     def _plan(
         self,
@@ -164,12 +164,15 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
         self._plan = plan
         self._first = process_index * local_rows
         self._local_rows = local_rows
+        self.steps = -(-len(plan) // config.batch_size)
+        # Row numbers in the order of training: each pass all rows once, shuffled anew, any place in O(1).
+        self._order = grain.MapDataset.range(len(plan)).seed(config.seed).shuffle().repeat()
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         if self._config.train:
             return 2**40  # endless, as far as anyone trains
-        return -(-len(self._plan) // self._config.batch_size)
+        return self.steps
 
     def __getitem__(self, step: int) -> Batch:
         config = self._config
@@ -180,7 +183,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
             epoch, place = divmod(number, len(self._plan))
             rng = None
             if config.train:
-                place = int(self._order()[number])
+                place = int(self._order[number])
                 rng = np.random.default_rng((config.seed, epoch, place))
             elif epoch:
                 continue  # past the end: the last batch is filled up with empty rows
@@ -191,10 +194,6 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
         for _ in self._pool.map(lambda item: self._videos.decode(*item), work):
             pass
         return batch
-
-    def _order(self) -> grain.MapDataset:
-        """Row numbers in the order of training: each pass all rows once, shuffled anew, any place in O(1)."""
-        return grain.MapDataset.range(len(self._plan)).seed(self._config.seed).shuffle().repeat()
 
     def _dialogue(self, record: int, turns: int) -> Dialogue:
         usable, _ = packing.restrict(self._dialogues[record], self._videos)

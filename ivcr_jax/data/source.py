@@ -19,6 +19,10 @@ from ivcr_jax.data import prompt, video
 from ivcr_jax.data.dialogue import VIDEO_SUFFIXES, Dialogue, Intent, Turn, language_of, video_id
 from ivcr_jax.data.manifest import Entry
 
+# Where the source lies in its folder.
+DIALOGUES_FILE = "IVCR-200K.json"
+VIDEOS_FOLDER = "videos"
+
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 UNKNOWN_TYPE = -1
 CHAT_TYPE = 0

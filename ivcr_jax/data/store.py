@@ -20,6 +20,7 @@ from ivcr_jax.data import manifest, video
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, Turn
 
 SUMMARY = "summary.json"
+# The only split of a video store: a video belongs to no split, dialogues do.
 VIDEO_SPLIT = "corpus"
 
 

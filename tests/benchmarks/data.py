@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,7 @@ def bench_dialogues(work: pathlib.Path) -> dict[str, object]:
     source = _big_source(work)
     data = work / "big_data"
     if data.exists():
-        subprocess.run(["rm", "-r", str(data)], check=True)
+        shutil.rmtree(data)
     code = (
         f"from tfds_builder.build import build\nbuild('ivcr200k', manual_dir={str(source)!r}, data_dir={str(data)!r})"
     )
@@ -102,7 +103,7 @@ def bench_packing(work: pathlib.Path) -> dict[str, object]:
         videos = ((row["video"].rsplit(".", 1)[0], row["duration"], times, nothing) for row in truth)
         store.write_features(features, videos, shape=(1,), dtype=np.float16, fingerprint="nothing")
     dialogues, videos = DialogueStore(data, "train"), VideoStore(features)
-    tokenizer = _tokenizer(dialogues)
+    tokenizer = _tokenizer(dialogues, 8000)
     found = {}
     for layout in ("isolated", "inline"):
         for seq_len in (2048, 4096, 8192):
@@ -122,10 +123,11 @@ def bench_packing(work: pathlib.Path) -> dict[str, object]:
     return found
 
 
-def _tokenizer(dialogues: DialogueStore) -> Tokenizer:
-    texts = [text for i in range(2000) for turn in dialogues[i].turns for text in (turn.user, turn.answer)]
+def _tokenizer(dialogues: DialogueStore, vocab_size: int) -> Tokenizer:
+    some = range(min(len(dialogues), 2000))
+    texts = [text for i in some for turn in dialogues[i].turns for text in (turn.user, turn.answer)]
     wording = "[INST] <<SYS>> <</SYS>> [/INST] Candidate videos : Current video : The video contains frames sampled at"
-    return train_demo([*texts, *[wording] * 100], 8000)
+    return train_demo([*texts, *[wording] * 100], vocab_size)
 
 
 def _long_source(work: pathlib.Path) -> pathlib.Path:
@@ -200,7 +202,7 @@ def bench_reading(work: pathlib.Path) -> dict[str, object]:
     dialogues, videos = DialogueStore(data / "ivcr200k", "train"), VideoStore(data / "ivcr200k_videos")
     pack = packing.PackConfig(seq_len=4096, video_slots=32, max_turns=24, frames=64)
     config = pipeline.PipelineConfig(pack=pack, batch_size=1, train=False, threads=THREADS, prefetch=1)
-    stream = pipeline.Pipeline(dialogues, videos, _tokenizer_of_all(dialogues), config)
+    stream = pipeline.Pipeline(dialogues, videos, _tokenizer(dialogues, 1000), config)
     kept = {record for record, _ in stream.plan.items.tolist()}
     paths = {p.relative_to(source / "videos").with_suffix("").as_posix(): p for p in (source / "videos").rglob("*.*")}
     some = sorted(kept)[:4]
@@ -220,11 +222,6 @@ def bench_reading(work: pathlib.Path) -> dict[str, object]:
     found["ratio"] = round(found["ratio"] * scale, 2)
     found["ratio_min_max"] = [round(ratio * scale, 2) for ratio in found["ratio_min_max"]]
     return {"dialogues": len(kept), "peer_dialogues": len(some), "rows": len(stream.plan), **found}
-
-
-def _tokenizer_of_all(dialogues: DialogueStore) -> Tokenizer:
-    texts = [text for i in range(len(dialogues)) for turn in dialogues[i].turns for text in (turn.user, turn.answer)]
-    return train_demo([*texts, "[INST] <<SYS>> <</SYS>> [/INST]"], 1000)
 
 
 def decode_to_array(path: str, frames: int = 64, size: int = 224) -> np.ndarray:

@@ -8,17 +8,9 @@ import pytest
 from ivcr_jax.data import packing, prompt
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, Turn
 from ivcr_jax.data.encoding import EncodingConfig, encode, show
-from ivcr_jax.data.store import DialogueStore, VideoStore
+from ivcr_jax.data.store import VideoStore
 from tests.data import sources
 from tests.data.sources import PACK
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packing")
-    sources.build_dialogues(folder, 120)
-    sources.build_features(folder)
-    return DialogueStore(folder / "data", "train"), VideoStore(folder / "features"), sources.tokenizer()
 
 
 def plan_of(stores, config=PACK, seed=0, keep_chat=True):

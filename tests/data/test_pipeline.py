@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 
 from ivcr_jax.data import pipeline
-from ivcr_jax.data.store import DialogueStore, VideoStore
 from tests.data import sources
 
 CONFIG = pipeline.PipelineConfig(pack=sources.PACK, batch_size=4, seed=3, threads=2)
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    sources.build_dialogues(folder, 120)
-    sources.build_features(folder)
-    return DialogueStore(folder / "data", "train"), VideoStore(folder / "features"), sources.tokenizer()
 
 
 def make(stores, config=CONFIG, **kwargs):

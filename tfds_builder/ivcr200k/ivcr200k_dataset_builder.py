@@ -14,9 +14,6 @@ from ivcr_jax.data import manifest, source, splits
 from ivcr_jax.data.dialogue import LANGUAGES, Intent
 from tfds_builder import resumable
 
-DIALOGUES_FILE = "IVCR-200K.json"
-VIDEOS_FOLDER = "videos"
-
 # Of the dialogues of train, at most this share leaves it for validation.
 VALIDATION_SHARE = 0.05
 # Bounds the memory of a job; the size of a shard is of no consequence to random access.
@@ -107,7 +104,7 @@ class Builder(resumable.ResumableBuilder):
         return self.dataset_info_from_configs(features=dialogue_features(), homepage="https://ivcr200k.github.io")
 
     def _jobs(self, manual_dir: epath.Path, staging: epath.Path) -> tuple[list[resumable.Job], list[manifest.Entry]]:
-        videos = manual_dir / VIDEOS_FOLDER
+        videos = manual_dir / source.VIDEOS_FOLDER
         catalog = source.VideoCatalog(videos) if videos.is_dir() else None
         if catalog is None:
             logging.warning("%s is absent: that videos exist and moments lie inside them goes unchecked", videos)
@@ -118,7 +115,7 @@ class Builder(resumable.ResumableBuilder):
         everything = staging / "dialogues.jsonl"
         with everything.open("w", encoding="utf-8") as file:
             try:
-                for row in source.stream_rows(manual_dir / DIALOGUES_FILE):
+                for row in source.stream_rows(manual_dir / source.DIALOGUES_FILE):
                     dialogue = reader.read(row)
                     if dialogue is None:
                         continue
@@ -130,7 +127,7 @@ class Builder(resumable.ResumableBuilder):
                 # An unknown share is lost, so it counts as all of it: only max_loss=1 builds the rest.
                 if not split_of or self._max_loss < 1:
                     raise
-                entries.append(manifest.Entry(DIALOGUES_FILE, "", "malformed_json", "cut", str(error)))
+                entries.append(manifest.Entry(source.DIALOGUES_FILE, "", "malformed_json", "cut", str(error)))
         entries += reader.take_entries()
         self._seen, self._kept = reader.seen, reader.kept
         if "validation" not in split_of.values():

@@ -11,14 +11,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ivcr_jax.data import manifest, source, video
+from ivcr_jax.data import manifest, source, store, video
 from ivcr_jax.data.dialogue import corpus_of, video_id
 from tfds_builder import resumable
-
-DIALOGUES_FILE = "IVCR-200K.json"
-VIDEOS_FOLDER = "videos"
-# The only split: a video belongs to no split, dialogues do.
-SPLIT = "corpus"
 
 # Finished shards survive a stop, so a shard is what a stop may cost: about 20 s of decoding.
 VIDEOS_PER_SHARD = 128
@@ -130,11 +125,11 @@ class Builder(resumable.ResumableBuilder):
 
     def _jobs(self, manual_dir: epath.Path, staging: epath.Path) -> tuple[list[resumable.Job], list[manifest.Entry]]:
         del staging
-        catalog = source.VideoCatalog(manual_dir / VIDEOS_FOLDER)
+        catalog = source.VideoCatalog(manual_dir / source.VIDEOS_FOLDER)
         self._wanted = set(catalog.files)
         entries = list(catalog.problems)
-        if (manual_dir / DIALOGUES_FILE).exists():
-            missing = sorted(_named_videos(manual_dir / DIALOGUES_FILE) - self._wanted)
+        if (manual_dir / source.DIALOGUES_FILE).exists():
+            missing = sorted(_named_videos(manual_dir / source.DIALOGUES_FILE) - self._wanted)
             entries += [manifest.Entry(name, "path", "video_missing", "rejected") for name in missing]
             self._wanted |= set(missing)
         config = self.builder_config
@@ -149,11 +144,11 @@ class Builder(resumable.ResumableBuilder):
                 [(file.id, file.size, file.changed) for file in shard],
             )
             videos = tuple((file.id, str(file.path)) for file in shard)
-            jobs.append(VideoJob(SPLIT, key, videos, config.frames, config.size))
+            jobs.append(VideoJob(store.VIDEO_SPLIT, key, videos, config.frames, config.size))
         return jobs, entries
 
     def _loss(self, records: dict[str, int]) -> tuple[int, int, str]:
-        return len(self._wanted) - records.get(SPLIT, 0), len(self._wanted), "videos"
+        return len(self._wanted) - records.get(store.VIDEO_SPLIT, 0), len(self._wanted), "videos"
 
 
 def _doubts(name: str, sampled: video.EncodedFrames) -> Iterator[manifest.Entry]:
