@@ -23,9 +23,11 @@ class EncodingConfig:
     """How dialogues become tokens.
 
     Attributes:
-      layout: "isolated" writes a video's block of visual tokens once a dialogue, where it is first shown, all blocks
-        at the same positions 0..tokens_per_video-1 and text from there on; "inline" (published) writes the block
-        at every mention and numbers positions straight on.
+      layout: "isolated" writes a video's block of visual tokens once a dialogue, in the turn that first shows it, all
+        blocks at the same positions 0..tokens_per_video-1 and text from there on. The new blocks of a turn stand one
+        after the other at its last mention of a video: text sees all of them or none, so the order of candidates
+        does not change what it sees. "inline" (published) writes the block at every mention and numbers positions
+        straight on.
       tokens_per_video: visual tokens of a video in the decoder.
       max_candidates: candidates a turn may show; the truth and the best ranked others are kept.
       style: the wording.
@@ -217,49 +219,50 @@ def _expand(
     video_token: int,
     config: EncodingConfig,
 ) -> Encoded:
-    """Puts each <VIDEOTOKEN>'s block in its place."""
+    """Puts the videos' blocks in the place of the <VIDEOTOKEN>s."""
+    isolated = config.layout == "isolated"
+    width = config.tokens_per_video
     mentions = [name for item in shown for name in item.videos]
     places = np.flatnonzero(tokens == video_token)
     if len(places) != len(mentions):
         raise ValueError(f"{len(places)} video tokens in the text for {len(mentions)} videos shown")
     number_of = {name: place for place, name in enumerate(dict.fromkeys(mentions))}
-    width = config.tokens_per_video
-    repeats = np.ones(len(tokens), np.int64)
-    written: set[str] = set()
-    for place, name in zip(places, mentions, strict=True):
-        again = config.layout == "isolated" and name in written
-        repeats[place] = 0 if again else width
-        written.add(name)
+    numbers = [number_of[name] for name in mentions]
+    ends = np.cumsum([len(item.videos) for item in shown])  # ends[i]: mentions up to and with turn i
+    repeats = np.where(tokens == video_token, 0, 1)
+    # written: the video of each block, in the order they stand; block_of: which of the blocks a mention means
+    if isolated:
+        written, block_of = list(number_of.values()), numbers
+        seen: set[str] = set()
+        for item, end in zip(shown, ends, strict=True):
+            if new := set(item.videos) - seen:
+                repeats[places[end - 1]] = width * len(new)
+                seen |= new
+    else:
+        written, block_of = numbers, list(range(len(numbers)))
+        repeats[places] = width
     start = np.concatenate([[0], np.cumsum(repeats)])  # start[i]: new index of old token i
     visual = np.repeat(tokens == video_token, repeats)
     video = np.full(len(visual), -1, np.int32)
     offset = np.zeros(len(visual), np.int32)
-    for place, name in zip(places, mentions, strict=True):
-        block = slice(start[place], start[place + 1])
-        video[block] = number_of[name]
-        offset[block] = np.arange(repeats[place])
-    if config.layout == "isolated":
+    video[visual] = np.repeat(written, width)
+    offset[visual] = np.tile(np.arange(width), len(written))
+    blocks = np.flatnonzero(visual)[::width][block_of].tolist()
+    if isolated:
         text = width - 1 + np.cumsum(~visual) if mentions else np.arange(len(visual))
         positions = np.where(visual, offset, text)
     else:
         positions = np.arange(len(visual))
     turns = []
-    block_of: dict[str, int] = {}
-    mention = iter(places)
-    for item, state in zip(shown, state_of, strict=True):
-        blocks = []
-        for name in item.videos:
-            place = next(mention)
-            if repeats[place]:
-                block_of[name] = int(start[place])
-            blocks.append(block_of[name])
+    for item, state, end in zip(shown, state_of, ends, strict=True):
+        here = slice(end - len(item.videos), end)
         turns.append(
             EncodedTurn(
                 intent=item.turn.intent,
                 language=item.turn.language,
                 state=int(start[state]),
-                videos=tuple(number_of[name] for name in item.videos),
-                blocks=tuple(blocks),
+                videos=tuple(numbers[here]),
+                blocks=tuple(blocks[here]),
                 target=item.target,
                 span=item.turn.span,
             )

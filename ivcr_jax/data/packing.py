@@ -23,7 +23,7 @@ from ivcr_jax.data.tokenizer import Tokenizer
 OPEN_ROWS = 256
 MEASURED_AT_ONCE = 4096
 # Raised when the same data and configuration come to mean other rows: saved plans and positions are refused then.
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,9 +291,9 @@ def _pack(measured: Sequence[_Measured], config: PackConfig) -> list[list[_Measu
     return rows + open_rows
 
 
-def frame_text_length(tokenizer: Tokenizer) -> int:
+def frame_text_length(tokenizer: Tokenizer, style: prompt.PromptStyle) -> int:
     """Tokens of the longest sentence that goes with a frame: one of a video of under ten thousand seconds."""
-    return len(_frame_ids(tokenizer, prompt.frame_text(9999.9)))
+    return len(_frame_ids(tokenizer, prompt.frame_texts([9999.9], style)[0]))
 
 
 @functools.lru_cache(maxsize=100_000)  # times have one decimal: few sentences, written millions of times
@@ -325,7 +325,7 @@ def empty_batch(rows: int, config: PackConfig, videos: VideoStore, tokenizer: To
     """
     b, s, v, t, r = rows, config.seq_len, config.video_slots, config.frames, config.max_turns
     c = config.encoding.max_candidates
-    text = frame_text_length(tokenizer)
+    text = frame_text_length(tokenizer, config.encoding.style)
 
     def ints(*shape: int, fill: int = 0) -> np.ndarray:
         return np.full(shape, fill, np.int32)
@@ -394,8 +394,8 @@ def fill_row(
         count = len(chosen)
         batch["frame_times"][row, slot, :count] = times[name]
         batch["frame_mask"][row, slot, :count] = True
-        for place, time in enumerate(times[name]):
-            ids = _frame_ids(tokenizer, prompt.frame_text(time))
+        for place, sentence in enumerate(prompt.frame_texts(times[name], config.encoding.style)):
+            ids = _frame_ids(tokenizer, sentence)
             batch["frame_text"][row, slot, place, : len(ids)] = ids
         batch["durations"][row, slot] = stored.duration
         batch["video_mask"][row, slot] = True

@@ -61,10 +61,12 @@ class PromptStyle:
     Attributes:
       localized: write the fixed wording in the language of the turn; False writes it in English always.
       frame_times: list the frames' times in a moment turn's prompt.
+      last_frame_seconds_bug: end the sentence of a video's last frame in "seconds second.", as the published code does.
     """
 
     localized: bool = True
     frame_times: bool = True
+    last_frame_seconds_bug: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +127,12 @@ def seconds(time: float) -> str:
     return f"{time:.1f}"
 
 
-def frame_text(time: float) -> str:
-    """The sentence that goes with a frame into the image Q-Former (published wording, singular and all)."""
-    return f"This frame is sampled at {seconds(time)} second."
+def frame_texts(times: Sequence[float], style: PromptStyle) -> list[str]:
+    """The sentences that go with a video's frames into the image Q-Former (published wording, singular and all)."""
+    texts = [f"This frame is sampled at {seconds(time)} second." for time in times]
+    if style.last_frame_seconds_bug and texts:
+        texts[-1] = texts[-1].replace(" second.", " seconds second.")
+    return texts
 
 
 def without_control_tokens(text: str) -> str:

@@ -1,6 +1,7 @@
 """A dialogue as tokens: hand-made dialogues, checked token by token against the text they should be."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -118,6 +119,10 @@ def test_isolated_writes_each_video_once(tokenizer):
     # Blocks all start at position 0, text follows them and does not count them.
     assert encoded.positions[visual].tolist() == [0, 1, 2, 3] * 4
     assert encoded.positions[~visual].tolist() == list(range(4, 4 + len(text)))
+    # Each list's new blocks stand where its last video is mentioned: after "<VIDEO>", which is the last of the turn's.
+    runs = np.split(np.arange(len(visual)), np.flatnonzero(np.diff(visual.astype(int))) + 1)[1::2]
+    assert [len(run) for run in runs] == [12, 4]
+    assert [tokenizer.decode(encoded.tokens[: run[0]]).count("<VIDEO>") for run in runs] == [3, 6]
     # The moment turn and the second list point back at the blocks of the first.
     find, when, cat, _ = encoded.turns
     assert when.blocks == (find.blocks[1],) and cat.blocks[1] == find.blocks[0]
@@ -125,6 +130,112 @@ def test_isolated_writes_each_video_once(tokenizer):
         for place, block in zip(turn.videos, turn.blocks, strict=True):
             assert (encoded.video[block : block + 4] == place).all() and encoded.offset[block] == 0
             assert block < turn.state
+
+
+def video_turn(*videos, target=0):
+    turn = Turn("Find it.", "It is video 1.", Intent.VIDEO, "en", videos[target], videos)
+    return encoding.Shown(turn, videos, tuple(range(1, len(videos) + 1)), target)
+
+
+def moment_turn(video):
+    turn = Turn("When?", "In video 1 at 1.0s-2.0s.", Intent.MOMENT, "en", video, (), (1.0, 2.0))
+    return encoding.Shown(turn, (video,), (1,), 0)
+
+
+CHAT = encoding.Shown(Turn("Thanks", "Bye", Intent.CHAT, "en"), (), (), -1)
+DIALOGUES = {
+    "new and repeated": [video_turn("a", "b", "c"), moment_turn("b"), video_turn("d", "b", "e"), moment_turn("e")],
+    "the last mention is a repeat": [video_turn("a", "b"), video_turn("c", "d", "a"), video_turn("d", "c", "b")],
+    "a moment first": [moment_turn("a"), CHAT, video_turn("b", "a"), moment_turn("c"), moment_turn("c")],
+    "one video each": [video_turn("a"), video_turn("b"), video_turn("a"), CHAT],
+    "chat first and between": [CHAT, video_turn("a", "b", target=1), CHAT, video_turn("b", "a"), CHAT],
+    "chat alone": [CHAT, CHAT],
+}
+
+
+def one_by_one(shown, tokenizer, config, times):
+    """Each place's (token, position, (video, which of its tokens) or None, in an answer); turns' states and blocks."""
+    mark, width = tokenizer.ids[prompt.VIDEO_TOKEN], config.tokens_per_video
+    isolated = config.layout == "isolated"
+    text = width if any(item.videos for item in shown) else 0  # position of the next word in the isolated layout
+    places, states, blocks, block_of = [], [], [], {}
+    for item, (question, answer) in zip(shown, encoding.turn_texts(shown, config.style, times), strict=True):
+        new = [name for name in item.videos if name not in block_of]
+        left = list(item.videos)
+        read = []
+        answering = False
+        for token in tokenizer.encode(question + answer):
+            if token != mark:
+                places.append((token, text if isolated else len(places), None, answering))
+                text += 1
+                read.append(token)
+                if not answering and tokenizer.decode(read).endswith("[/INST]"):
+                    answering = True
+                    states.append(len(places) - 1)
+                continue
+            name = left.pop(0)
+            for video in ([] if left else new) if isolated else [name]:
+                block_of[video] = len(places)
+                for k in range(width):
+                    places.append((mark, k if isolated else len(places), (video, k), False))
+            if not isolated:
+                blocks.append(block_of[name])
+        if isolated:
+            blocks += [block_of[name] for name in item.videos]
+    return places, states, blocks
+
+
+@pytest.mark.parametrize("layout", ["isolated", "inline"])
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_every_place_is_as_written_one_by_one(tokenizer, name, layout):
+    config = dataclasses.replace(CONFIG, layout=layout, tokens_per_video=3)
+    shown = DIALOGUES[name]
+    times = {video: [0.5, 1.5] for item in shown for video in item.videos}
+    encoded = encode(shown, tokenizer, config, times)
+    places, states, blocks = one_by_one(shown, tokenizer, config, times)
+    tokens, positions, visuals, answers = (list(column) for column in zip(*places, strict=True))
+    assert encoded.tokens.tolist() == tokens
+    assert encoded.positions.tolist() == positions
+    found = zip(encoded.video, encoded.offset, strict=True)
+    assert [(encoded.videos[v], k) if v >= 0 else None for v, k in found] == visuals
+    assert not encoded.offset[encoded.video < 0].any()
+    assert [turn.state for turn in encoded.turns] == states
+    assert [block for turn in encoded.turns for block in turn.blocks] == blocks
+    assert [tuple(encoded.videos[v] for v in turn.videos) for turn in encoded.turns] == [item.videos for item in shown]
+    # All of the answers is learnt, and in the isolated layout all but a video's number; never a visual token.
+    unlearnt = encoded.tokens[answers & ~encoded.learnt]
+    numbers = sum(bool(item.videos) for item in shown) if layout == "isolated" else 0
+    assert tokenizer.decode(unlearnt) == "1" * numbers
+    assert not encoded.learnt[~np.array(answers)].any()
+
+
+@pytest.mark.parametrize("turn", [0, 2])
+def test_the_order_of_candidates_moves_their_blocks_and_nothing_else(tokenizer, turn):
+    """In a list of new videos and in one that repeats a video. The answer stays as it is."""
+    shown = DIALOGUES["new and repeated"]
+    times = {name: [0.5, 1.5] for item in shown for name in item.videos}
+    before = encode(shown, tokenizer, CONFIG, times)
+    names = np.array([*before.videos, ""])
+    for order in itertools.permutations(range(3)):
+        videos = tuple(shown[turn].videos[place] for place in order)
+        item = dataclasses.replace(shown[turn], videos=videos, target=order.index(shown[turn].target))
+        after = encode([*shown[:turn], item, *shown[turn + 1 :]], tokenizer, CONFIG, times)
+        for array in ("tokens", "positions", "offset", "learnt"):
+            assert (getattr(after, array) == getattr(before, array)).all(), array
+        assert ((after.video == -1) == (before.video == -1)).all()
+        # Where a block stood, one stands; of new videos in their new order.
+        new = [name for name in videos if name not in {v for past in shown[:turn] for v in past.videos}]
+        old = [name for name in shown[turn].videos if name in new]
+        renamed = dict(zip(old, new, strict=True))
+        expected = [renamed.get(name, name) for name in names[before.video]]
+        assert np.array([*after.videos, ""])[after.video].tolist() == expected
+        # Every pointer of every turn is to the video it was to.
+        block_of = {name: expected.index(name) for name in before.videos}
+        for place, (found, was) in enumerate(zip(after.turns, before.turns, strict=True)):
+            listed = videos if place == turn else shown[place].videos
+            assert tuple(after.videos[v] for v in found.videos) == listed
+            assert found.blocks == tuple(block_of[name] for name in listed)
+            assert (found.state, found.span, found.intent) == (was.state, was.span, was.intent)
 
 
 @pytest.mark.parametrize("layout", ["isolated", "inline"])
@@ -160,9 +271,11 @@ def test_a_turn_whose_truth_is_not_shown_is_not_learnt(tokenizer):
     assert not encoded.learnt.any() and encoded.turns[0].target == -1
 
 
-def test_chat_alone_starts_at_position_zero(tokenizer):
+@pytest.mark.parametrize("layout", ["isolated", "inline"])
+def test_chat_alone_starts_at_position_zero(tokenizer, layout):
+    config = dataclasses.replace(CONFIG, layout=layout)
     dialogue = Dialogue("d", "train", 0, (Turn("Hi", "Hello", Intent.CHAT, "en"),))
-    encoded = encode(show(dialogue, CONFIG, insert_truth=True), tokenizer, CONFIG, {})
+    encoded = encode(show(dialogue, config, insert_truth=True), tokenizer, config, {})
     assert encoded.positions.tolist() == list(range(len(encoded.tokens))) and encoded.videos == ()
 
 

@@ -53,6 +53,7 @@ def test_a_row_holds_each_dialogue_as_it_is_alone(stores, layout):
             assert (row["targets"][start : start + n - 1] == alone.tokens[1:]).all()
             assert (row["loss_mask"][start : start + n - 1] == alone.learnt[1:]).all()
             assert not row["loss_mask"][start + n - 1]
+            assert not row["loss_mask"][row["targets"] == tokenizer.ids[prompt.VIDEO_TOKEN]].any()
             for name in alone.videos:
                 slot_of.setdefault(name, len(slot_of))
             expected = [slot_of[alone.videos[v]] if v >= 0 else -1 for v in alone.video]

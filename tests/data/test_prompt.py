@@ -3,7 +3,7 @@
 import pytest
 
 from ivcr_jax.data.dialogue import Intent
-from ivcr_jax.data.prompt import PromptStyle, PromptTurn, frame_text, render, without_control_tokens
+from ivcr_jax.data.prompt import PromptStyle, PromptTurn, frame_texts, render, without_control_tokens
 
 PUBLISHED = PromptStyle(localized=False)
 ONE = "<VID> {} </VID> <VIDEO> <VIDEOTOKEN> </VIDEO>"
@@ -74,8 +74,12 @@ def test_matches_the_chat_template(realdata):
     assert text(turns) == rendered
 
 
-def test_frame_text():
-    assert frame_text(12.34) == "This frame is sampled at 12.3 second."
+def test_frame_texts():
+    sound = ["This frame is sampled at 0.5 second.", "This frame is sampled at 12.3 second."]
+    assert frame_texts([0.5, 12.34], PromptStyle()) == sound
+    published = frame_texts([0.5, 12.34], PromptStyle(last_frame_seconds_bug=True))
+    assert published == [sound[0], "This frame is sampled at 12.3 seconds second."]
+    assert frame_texts([], PromptStyle(last_frame_seconds_bug=True)) == []
 
 
 @pytest.mark.parametrize(
