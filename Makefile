@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-CODE = ivcr_jax tfds_builder tests setup.py
+CODE = ivcr_jax configs tfds_builder tests setup.py
 export TF_CPP_MIN_LOG_LEVEL = 3
 
 .PHONY: install test lint format sample benchmark clean
@@ -13,7 +13,7 @@ $(VENV)/installed: setup.py
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v.major}.{v.minor} found; expected 3.11 to 3.13: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[build,dev]'
+	$(BIN)/pip install --quiet --editable '.[build,convert,dev]'
 	touch $@
 
 test: install lint
@@ -22,7 +22,7 @@ test: install lint
 lint: install
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/mypy ivcr_jax tfds_builder
+	$(BIN)/mypy ivcr_jax configs tfds_builder
 
 format: install
 	$(BIN)/ruff check --fix $(CODE)

@@ -1,6 +1,17 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and the machine they see: 8 virtual CPU devices."""
 
+import atexit
+import os
 import pathlib
+import shutil
+import tempfile
+
+# Before anything imports jax.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared by the processes of this run, and gone with it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ivcr_jax_xla_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 

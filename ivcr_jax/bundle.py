@@ -1,0 +1,289 @@
+"""A model folder: what converting and exporting write, and inference reads.
+
+    config.json               sizes of the models, wording of the prompt
+    model/                    parameters of the dialogue model (Orbax), if there is one
+    retriever/                parameters of the first stage (Orbax), if there is one
+    tokenizer.model           SentencePiece, of the decoder; retriever_tokenizer.model of the first stage
+
+`load(folder)` needs jax, flax, orbax, numpy and sentencepiece alone. What is in a folder is said by its config.json:
+nothing is guessed from the weights.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+
+from ivcr_jax.config import from_dict, to_dict
+from ivcr_jax.data import prompt
+from ivcr_jax.data.tokenizer import Tokenizer
+from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
+from ivcr_jax.models.layers import Compute
+from ivcr_jax.models.retriever import Retriever, RetrieverConfig
+from ivcr_jax.models.video_encoder import EncodedVideo
+from ivcr_jax.sharding import shardings
+
+CONFIG, MODEL, RETRIEVER = "config.json", "model", "retriever"
+TOKENIZER, RETRIEVER_TOKENIZER = "tokenizer.model", "retriever_tokenizer.model"
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleConfig:
+    """Attributes: model: of the dialogue model, or None. retriever: of the first stage, or None. style: of texts."""
+
+    model: InterLLaVAConfig | None
+    retriever: RetrieverConfig | None
+    style: prompt.PromptStyle
+
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(to_dict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "BundleConfig":
+        """Reads it back; raises ValueError, naming the field, for anything but a whole configuration."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"config.json: found {text[:40]!r}, expected JSON: {error}") from None
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "BundleConfig":
+        """From nested mappings such as an ml_collections.ConfigDict's `to_dict()`."""
+        if sorted(values) != ["model", "retriever", "style"]:
+            raise ValueError(f"config: found {sorted(values)}, expected model, retriever and style")
+        model, retriever = values["model"], values["retriever"]
+        return cls(
+            None if model is None else from_dict(InterLLaVAConfig, model, "config.model"),
+            None if retriever is None else from_dict(RetrieverConfig, retriever, "config.retriever"),
+            from_dict(prompt.PromptStyle, values["style"], "config.style"),
+        )
+
+
+class Bundle:
+    """Models and their tokenizers, ready to use. Attributes as in BundleConfig, and the tokenizers, or None."""
+
+    def __init__(
+        self,
+        config: BundleConfig,
+        model: InterLLaVA | None,
+        retriever: Retriever | None,
+        tokenizer: Tokenizer | None,
+        retriever_tokenizer: Tokenizer | None,
+    ) -> None:
+        self.config, self.model, self.retriever = config, model, retriever
+        self.tokenizer, self.retriever_tokenizer = tokenizer, retriever_tokenizer
+
+    def encode_video(
+        self,
+        frames: np.ndarray,
+        timestamps: Sequence[float] | None = None,
+        *,
+        text: np.ndarray | None = None,
+        text_mask: np.ndarray | None = None,
+        intermediates: bool = False,
+    ) -> Any:
+        """One video as the decoder's visual tokens.
+
+        Args:
+          frames: u8[T, H, W, 3] pixels, or f32 of that shape normalised as the ViT expects them.
+          timestamps: the frames' times in seconds. Or, ready made,
+          text: i32[T, S] token ids of each frame's sentence, and
+          text_mask: bool[T, S], which of them are there; None is all.
+          intermediates: whether to hand out what lies between, too.
+
+        Returns:
+          f32[K, D]; with `intermediates` also a dict: "vit", "vit_norm" f32[T, P, Dv], "qformer" f32[T, Q + S, E],
+          "frames" f32[T, Q, E] (with frame positions), "video_qformer" f32[windows, Q, E].
+
+        Raises:
+          ValueError: for both or neither of timestamps and text, a number of them that is not T, an id beyond the word
+            table, or a folder without a dialogue model, or without a tokenizer where timestamps are given.
+        """
+        if self.model is None:
+            raise ValueError("this folder holds no dialogue model, only a retriever")
+        if (timestamps is None) == (text is None):
+            raise ValueError("expected either timestamps or ready token ids in `text`")
+        if timestamps is not None:
+            text, text_mask = self.frame_text(timestamps)
+        assert text is not None
+        table = self.model.encoder.qformer.config.vocab_size
+        if len(text) != len(frames):
+            raise ValueError(f"{len(text)} times or sentences for {len(frames)} frames")
+        if table and text.size and not 0 <= text.min() <= text.max() < table:
+            raise ValueError(f"text holds ids {text.min()} to {text.max()}; the Q-Former's word table has {table} rows")
+        mask = np.ones(text.shape, bool) if text_mask is None else text_mask
+        sentences = (text[None], mask[None]) if table else (None, None)
+        encoded = _encode(self.model.encoder, jnp.asarray(frames)[None], *sentences)
+        tokens = encoded.tokens[0].astype(jnp.float32)
+        if not intermediates:
+            return tokens
+        between = encoded.intermediates | {"frames": encoded.frames}
+        return tokens, {name: value[0].astype(jnp.float32) for name, value in between.items()}
+
+    def frame_text(self, timestamps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """Times in seconds of T frames -> i32[T, S] token ids of their sentences, and bool[T, S] which are there.
+
+        Raises ValueError where the folder has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"timestamps need a tokenizer, and the folder has no {TOKENIZER}; give ready ids in `text`"
+            )
+        sentences = prompt.frame_texts(timestamps, self.config.style)
+        encoded = [self.tokenizer.encode(prompt.BOS + sentence) for sentence in sentences]
+        text = np.full((len(encoded), max(map(len, encoded))), self.tokenizer.pad_id, np.int32)
+        mask = np.zeros(text.shape, bool)
+        for row, ids in enumerate(encoded):
+            text[row, : len(ids)] = ids
+            mask[row, : len(ids)] = True
+        return text, mask
+
+
+@nnx.jit
+def _encode(encoder: Any, frames: jax.Array, text: jax.Array | None, text_mask: jax.Array | None) -> EncodedVideo:
+    return encoder(frames, None, text, text_mask)
+
+
+def load(folder: epath.PathLike, *, mesh: Any = None, compute: Compute = Compute(dtype="float32")) -> Bundle:
+    """Reads a model folder.
+
+    Args:
+      folder: from `python -m ivcr_jax.convert` or `python -m ivcr_jax.export`.
+      mesh: from `sharding.make_mesh`: each device reads its own part of every parameter. None is one device.
+      compute: how the models are computed.
+
+    Raises:
+      FileNotFoundError: no folder, or no config.json in it.
+      ValueError: parameters that are not those of the configuration, or a tokenizer that does not fit them.
+    """
+    folder = epath.Path(folder).resolve()
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    config = BundleConfig.from_json((folder / CONFIG).read_text())
+    model = retriever = None
+    if config.model is not None:
+        of_model = config.model
+        model = _restore(folder / MODEL, lambda: InterLLaVA(of_model, nnx.Rngs(0), compute), mesh)
+    if config.retriever is not None:
+        of_retriever = config.retriever
+        retriever = _restore(folder / RETRIEVER, lambda: Retriever(of_retriever, nnx.Rngs(0), compute), mesh)
+    tokenizers = {
+        name: read_tokenizer(folder / name, config) if (folder / name).exists() else None
+        for name in (TOKENIZER, RETRIEVER_TOKENIZER)
+    }
+    return Bundle(config, model, retriever, tokenizers[TOKENIZER], tokenizers[RETRIEVER_TOKENIZER])
+
+
+def read_tokenizer(path: epath.Path, config: BundleConfig, name: str = "") -> Tokenizer:
+    """Reads a folder's tokenizer.
+
+    Args:
+      path: of a SentencePiece model.
+      config: of the models.
+      name: TOKENIZER or RETRIEVER_TOKENIZER; the path's own where it is not given.
+
+    Raises:
+      ValueError: where it is none, or its ids are not the rows of the embedding table.
+    """
+    of_model = (name or path.name) == TOKENIZER
+    try:
+        tokenizer = Tokenizer.from_proto(path.read_bytes(), prompt.VIDEO_TOKENS if of_model else ())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if of_model and config.model is not None:
+        llama = config.model.llama
+        rows, sizes = llama.vocab_size + llama.added_tokens, f"{llama.vocab_size} + {llama.added_tokens} added tokens"
+    elif not of_model and config.retriever is not None:
+        rows = config.retriever.text.vocab_size
+        sizes = f"{rows} words"
+    else:
+        return tokenizer
+    if tokenizer.vocab_size != rows:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids; expected {rows}, for a table of {sizes}"
+        )
+    return tokenizer
+
+
+def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Every parameter by its dotted path, such as "llama.layers.q.kernel"."""
+    return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": x} -> {"a": {"b": x}}, the tree that a checkpoint holds."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split(".")
+        node = tree
+        for part in folders:
+            node = node.setdefault(part, {})
+        node[name] = value
+    return tree
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Parameters by path, in the dtypes they were written in.
+
+    Args:
+      path: of the Orbax checkpoint.
+      expected: what the model has, by path: anything with a shape.
+      placed: those wanted, by path: the sharding of each.
+
+    Raises:
+      ValueError: where the checkpoint holds other parameters or shapes than expected.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata if path.exists() else None
+    if metadata is None:
+        raise ValueError(f"{path}: found no whole checkpoint, expected the parameters that {CONFIG} tells of")
+    found = _flatten(metadata.tree)
+    wrong = [f"{name}: missing" for name in sorted({*expected} - {*found})]
+    wrong += [f"{name}: unexpected" for name in sorted({*found} - {*expected})]
+    wrong += [
+        f"{name}: found shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted({*found} & {*expected})
+        if tuple(found[name].shape) != tuple(expected[name].shape)
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} parameters are not those of {CONFIG}: " + "; ".join(wrong[:20]))
+    wanted = {
+        name: jax.ShapeDtypeStruct(found[name].shape, found[name].dtype, sharding=sharding)
+        for name, sharding in placed.items()
+    }
+    arguments = ocp.args.PyTreeRestore(
+        item=nest(wanted),
+        restore_args=ocp.checkpoint_utils.construct_restore_args(nest(wanted)),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return _flatten(reader.restore(path, args=arguments))
+
+
+def _restore(path: epath.Path, make: Callable[[], Any], mesh: Any) -> Any:
+    definition, state = nnx.split(nnx.eval_shape(make))
+    flat = {".".join(map(str, where)): (where, value) for where, value in nnx.to_flat_state(state)}
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    lies = dict.fromkeys(flat, one)
+    if mesh is not None:
+        placed = nnx.to_flat_state(shardings(state, mesh))
+        lies = {".".join(map(str, where)): value.get_value() for where, value in placed}
+    arrays = read_parameters(path, {name: value for name, (_, value) in flat.items()}, lies)
+    read = [(where, value.replace(arrays[name])) for name, (where, value) in flat.items()]
+    return nnx.merge(definition, nnx.from_flat_state(read))

@@ -1,0 +1,51 @@
+"""Configurations as plain trees: dataclasses to dicts and back, strictly. Knows no file format and no flag library."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts, for JSON or for an ml_collections.ConfigDict."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], name: str = "config") -> T:
+    """A dataclass from nested mappings.
+
+    Args:
+      kind: the dataclass.
+      values: a value for each field, lists for tuples.
+      name: of `values`, for messages.
+
+    Raises:
+      ValueError: for a field that is missing or unknown, a value of another type, or one the dataclass refuses; the
+        sentence names it.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if sorted(values) != sorted(names):
+        missing, unknown = sorted({*names} - {*values}), sorted({*values} - {*names})
+        raise ValueError(f"{name}: missing fields {missing or 'none'}, unknown fields {unknown or 'none'}")
+    try:
+        return kind(**{field: _value(hints[field], values[field], f"{name}.{field}") for field in names})
+    except ValueError as error:
+        raise error if str(error).startswith(name) else ValueError(f"{name}: {error}") from None
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, name)  # type: ignore[arg-type]
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            raise ValueError(f"{name} is {value!r}; expected {len(kinds)} values")
+        return tuple(_value(each, item, name) for each, item in zip(kinds, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}; expected {kind.__name__}")
+    return value

@@ -1,0 +1,185 @@
+"""The two heads: which candidate (listwise), and which moment of the current video (over its frames).
+
+Neither knows of slots: a candidate is scored from the turn's state and its own tokens, by the same function for all.
+Arrays only. Axis letters: B rows, R turns, C candidates, K visual tokens of a video, T frames, Q queries of a frame, D
+the decoder's width, E the head's, F that of frame features.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ivcr_jax.models.layers import Block, Compute, LayerNorm, Linear, RMSNorm, run_stack, stack
+
+NORM_EPS = 1e-6
+# Far below any score, yet finite: a softmax over nothing but these has a gradient of zero, not NaN.
+ABSENT = -1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class RankHeadConfig:
+    """Attributes: width: E, of queries, keys and the hidden layer. heads: of attention over a candidate's tokens."""
+
+    width: int = 512
+    heads: int = 8
+
+
+class RankHead(nnx.Module):
+    """Scores candidates: the turn's state attends to a candidate's own tokens, and both decide."""
+
+    def __init__(self, config: RankHeadConfig, width: int, rngs: nnx.Rngs) -> None:
+        e = config.width
+        if e % config.heads:
+            raise ValueError(f"rank head: width {e} is not a multiple of heads {config.heads}")
+        self.state_norm = RMSNorm(width, NORM_EPS)
+        self.state = Linear(rngs, ("embed", "heads"), (width, e))
+        self.token_norm = RMSNorm(width, NORM_EPS)
+        self.token = Linear(rngs, ("embed", "heads"), (width, 2 * e))
+        self.hidden = Linear(rngs, ("embed", "mlp"), (3 * e, e))
+        self.score = Linear(rngs, ("mlp", None), (e, 1))
+        self.config = config
+
+    def keys(self, tokens: jax.Array) -> jax.Array:
+        """Decoder states of visual tokens f[..., D] -> f[..., 2 E], which is all of a candidate the head needs."""
+        return self.token(self.token_norm(tokens))
+
+    def __call__(self, states: jax.Array, keys: jax.Array, there: jax.Array) -> jax.Array:
+        """f32[..., C] scores.
+
+        Args:
+          states: f[..., D], the decoder's state at the end of each turn's prompt.
+          keys: f[..., C, K, 2 E], from `keys`.
+          there: bool[..., C, K], which tokens are there. A candidate without any gets ABSENT.
+        """
+        heads = self.config.heads
+        query = self.state(self.state_norm(states))
+        key, value = (part.reshape(*part.shape[:-1], heads, -1) for part in jnp.split(keys, 2, axis=-1))
+        split = query.reshape(*query.shape[:-1], heads, -1)
+        weights = jnp.einsum("...he,...ckhe->...chk", split, key, preferred_element_type=jnp.float32)
+        weights = jnp.where(there[..., None, :], weights * split.shape[-1] ** -0.5, ABSENT)
+        read = jnp.einsum("...chk,...ckhe->...che", jax.nn.softmax(weights).astype(value.dtype), value)
+        read = read.reshape(*read.shape[:-2], -1)
+        query = jnp.broadcast_to(query[..., None, :], read.shape)
+        both = jnp.concatenate([query, read, query * read], axis=-1)
+        scores = self.score(jax.nn.gelu(self.hidden(both)))[..., 0].astype(jnp.float32)
+        return jnp.where(there.any(-1), scores, ABSENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentHeadConfig:
+    """Attributes: width, layers, heads: of the transformer over frames."""
+
+    width: int = 256
+    layers: int = 2
+    heads: int = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Where a moment may begin and end.
+
+    Attributes:
+      start_logits, end_logits: f32[..., T]; ABSENT at missing frames.
+      starts, ends: f32[..., T], seconds: where a moment that begins (ends) with this frame begins (ends).
+    """
+
+    start_logits: jax.Array
+    end_logits: jax.Array
+    starts: jax.Array
+    ends: jax.Array
+
+    def expected(self) -> jax.Array:
+        """f32[..., 2] seconds: the mean start and end, through which a loss on times has a gradient."""
+        start = (jax.nn.softmax(self.start_logits) * self.starts).sum(-1)
+        end = (jax.nn.softmax(self.end_logits) * self.ends).sum(-1)
+        return jnp.stack([start, end], axis=-1)
+
+    def best(self, count: int = 1) -> tuple[jax.Array, jax.Array]:
+        """The `count` likeliest spans whose end frame is not before their start frame.
+
+        Returns:
+          f32[..., count, 2] seconds, and their log-probabilities f32[..., count]; over T (T + 1) / 2 spans the rest is
+          repeats at a log-probability of about ABSENT.
+        """
+        frames = self.starts.shape[-1]
+        joint = jax.nn.log_softmax(self.start_logits)[..., :, None] + jax.nn.log_softmax(self.end_logits)[..., None, :]
+        joint = jnp.where(np.triu(np.ones((frames, frames), bool)), joint, ABSENT)
+        scores, flat = jax.lax.top_k(joint.reshape(*joint.shape[:-2], -1), count)
+        start = jnp.take_along_axis(self.starts, flat // frames, axis=-1)
+        end = jnp.take_along_axis(self.ends, flat % frames, axis=-1)
+        return jnp.stack([start, jnp.maximum(start, end)], axis=-1), scores
+
+
+def frame_cells(times: jax.Array, mask: jax.Array, durations: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The stretch of time each frame stands for: halfway to the frames before and after, all of it [0, duration].
+
+    Args:
+      times: f32[..., T] seconds, ascending. mask: bool[..., T]; frames that are there come first.
+      durations: f32[...] seconds.
+
+    Returns:
+      f32[..., T] seconds of where each begins, and of where it ends; at missing frames the duration.
+    """
+    duration = durations[..., None]
+    times = jnp.where(mask, times, duration)
+    halfway = (times[..., 1:] + times[..., :-1]) / 2
+    last = mask & ~jnp.pad(mask[..., 1:], [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
+    begins = jnp.concatenate([jnp.zeros_like(duration), halfway], axis=-1)
+    ends = jnp.where(last, duration, jnp.concatenate([halfway, duration], axis=-1))
+    return jnp.where(mask, begins, duration), jnp.where(mask, ends, duration)
+
+
+class MomentHead(nnx.Module):
+    """Where in a video: each frame's queries, read with the turn's question, then frames among each other."""
+
+    def __init__(
+        self, config: MomentHeadConfig, width: int, frame_width: int, rngs: nnx.Rngs, compute: Compute = Compute()
+    ) -> None:
+        e = config.width
+        self.frame_norm = LayerNorm(frame_width, NORM_EPS)
+        self.frame = Linear(rngs, ("embed", "heads"), (frame_width, 2 * e))
+        self.state_norm = RMSNorm(width, NORM_EPS)
+        self.state = Linear(rngs, ("embed", "heads"), (width, 2 * e))
+        self.time = Linear(rngs, (None, "embed"), (4, e))
+        self.blocks = stack(lambda rngs: Block(rngs, e, config.heads, 4 * e, "gelu", NORM_EPS), config.layers, rngs)
+        self.norm = LayerNorm(e, NORM_EPS)
+        self.boundary = Linear(rngs, ("embed", None), (e, 4))
+        self.config, self.compute = config, compute
+
+    def keys(self, frames: jax.Array) -> jax.Array:
+        """f[..., T, Q, F] -> f[..., T, Q, 2 E], which is all of the frames the head needs."""
+        return self.frame(self.frame_norm(frames))
+
+    def __call__(
+        self, states: jax.Array, keys: jax.Array, times: jax.Array, mask: jax.Array, durations: jax.Array
+    ) -> Moments:
+        """Boundaries of a moment, one for each of N questions.
+
+        Args:
+          states: f[N, D], the decoder's state at the end of the turn's prompt.
+          keys: f[N, T, Q, 2 E], from `keys`, of the turn's video.
+          times: f32[N, T] seconds. mask: bool[N, T]. durations: f32[N] seconds.
+        """
+        question, offset = jnp.split(self.state(self.state_norm(states)), 2, axis=-1)
+        key, value = jnp.split(keys, 2, axis=-1)
+        weights = jnp.einsum("ne,ntqe->ntq", question, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(weights * question.shape[-1] ** -0.5).astype(value.dtype)
+        x = jnp.einsum("ntq,ntqe->nte", weights, value)
+        begins, ends = frame_cells(times, mask, durations)
+        share = jnp.stack([begins, ends], axis=-1) / jnp.maximum(durations, 1e-6)[:, None, None]
+        place = jnp.concatenate([share, 1 - share], axis=-1).astype(x.dtype)  # from the start and from the end
+        x = x * question[:, None] + offset[:, None] + self.time(place)
+        x, _ = run_stack(self.blocks, lambda block, x, _: (block(x, mask), None), x, remat=self.compute.remat)
+        start, end, start_shift, end_shift = jnp.moveaxis(self.boundary(self.norm(x)).astype(jnp.float32), -1, 0)
+        # A boundary may move by half its frame's stretch: spans are not bound to the sampling.
+        half = (ends - begins) / 2
+        return Moments(
+            start_logits=jnp.where(mask, start, ABSENT),
+            end_logits=jnp.where(mask, end, ABSENT),
+            starts=jnp.clip(begins + half * jnp.tanh(start_shift), 0, durations[:, None]),
+            ends=jnp.clip(ends + half * jnp.tanh(end_shift), 0, durations[:, None]),
+        )
