@@ -36,6 +36,7 @@ sample: install
 
 benchmark: install
 	$(BIN)/python -m tests.benchmarks.data
+	$(BIN)/python -m tests.benchmarks.convert --layers=4
 
 clean:
 	rm -rf $(VENV) build *.egg-info

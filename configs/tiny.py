@@ -1,4 +1,4 @@
-"""A whole dialogue model of about a million parameters, for a CPU: 48-pixel frames, 12 of them a video."""
+"""A whole dialogue model of 1.7 million parameters, for a CPU: 48-pixel frames, 12 of them a video."""
 
 from ml_collections import ConfigDict
 
@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
     model = InterLLaVAConfig(
         vit=ViTConfig(image_size=48, patch_size=8, width=96, layers=2, heads=4, mlp_width=192),
         qformer=QFormerConfig(queries=4, width=96, layers=2, heads=4, mlp_width=192, max_text=32),
-        video_qformer=QFormerConfig(queries=4, width=96, layers=1, heads=4, mlp_width=192, cross_every=1, vocab_size=0),
+        video_qformer=QFormerConfig(
+            queries=4, width=96, layers=1, heads=4, mlp_width=192, cross_every=1, vocab_size=0, max_text=0
+        ),
         video=VideoEncoderConfig(max_frames=12, window=6, stride=6),
         llama=LlamaConfig(vocab_size=1200, width=128, layers=4, heads=4, kv_heads=2, mlp_width=256),
         lora=LoraConfig(rank=0),  # trained whole: there is nothing to adapt

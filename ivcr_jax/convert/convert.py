@@ -88,7 +88,8 @@ def forward(config: bundle.BundleConfig, files: Mapping[str, str], out: epath.Pa
     if problems or not plans:
         raise ValueError("\n".join(problems) or "no weights are given: see --help for --eva and the others")
     for plan in plans.values():
-        print("\n".join(plan.notes))
+        for note in plan.notes:
+            print(note)
         _print_counts({path: lazy.shape for path, lazy in plan.parameters.items()}, set(plan.new))
     with atomic(out) as aside:
         aside.mkdir()

@@ -38,7 +38,7 @@ class InterLLaVAConfig:
 
     vit: ViTConfig = ViTConfig()
     qformer: QFormerConfig = QFormerConfig()
-    video_qformer: QFormerConfig = QFormerConfig(layers=2, cross_every=1, vocab_size=0)
+    video_qformer: QFormerConfig = QFormerConfig(layers=2, cross_every=1, vocab_size=0, max_text=0)
     video: VideoEncoderConfig = VideoEncoderConfig()
     llama: LlamaConfig = LlamaConfig()
     lora: LoraConfig = LoraConfig()

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ivcr_jax.models.attention import attend
@@ -130,15 +131,18 @@ def put(buffer: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
 
 def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines f32[B, S, K / 2] of the rotary embedding at i32[B, S]."""
-    scaling = config.rope_scaling
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size)
+    # Step by step in f32, as the weights were trained: one last place is a turn of 1e-4 at the 4096th position.
+    scaling, f32 = config.rope_scaling, np.float32
+    exponents = np.arange(0, config.head_size, 2).astype(f32) / f32(config.head_size)
+    frequencies = f32(1) / (config.rope_theta ** exponents.astype(np.float64)).astype(f32)
     if scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
+        frequencies = frequencies / f32(scaling.factor)
     elif scaling.kind == "llama3":
-        turns = scaling.original_positions * frequencies / (2 * jnp.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = jnp.clip(kept, 0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+        wavelengths = 1 / frequencies * f32(2 * np.pi)  # torch's order: a scalar over x is 1 / x times the scalar
+        turns = 1 / wavelengths * f32(scaling.original_positions)
+        kept = (turns - f32(scaling.low_freq_factor)) / f32(scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0, 1)
+        frequencies = (1 - kept) * frequencies / f32(scaling.factor) + kept * frequencies
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

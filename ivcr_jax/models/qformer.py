@@ -34,7 +34,7 @@ class QFormerConfig:
       width, layers, heads, mlp_width: of the transformer.
       cross_every: layers 0, cross_every, 2 * cross_every, ... attend to the context. Divides `layers`.
       vocab_size: rows of the word table; 0 for no text.
-      max_text: text positions.
+      max_text: text positions; 0 for no text.
       norm_eps: of all layer norms.
       dropout: of embeddings and of each sub-layer's output, in training. (BERT's dropout of attention weights is left
         out.)
@@ -56,6 +56,8 @@ class QFormerConfig:
             raise ValueError(f"layers {self.layers} is not a multiple of cross_every {self.cross_every}")
         if self.vocab_size and self.max_text < 1:
             raise ValueError(f"max_text is {self.max_text}; expected at least 1 where there is text")
+        if self.max_text and not self.vocab_size:
+            raise ValueError(f"max_text is {self.max_text}; expected 0 where there is no text")
 
 
 class _Residual(nnx.Module):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ivcr_jax.models.layers import Block, Compute, LayerNorm, Linear, parameter, run_stack, stack
+from ivcr_jax.models.video_encoder import position_rows
 from ivcr_jax.models.vit import ViT, ViTConfig
 
 SIGLIP2_B = ViTConfig(
@@ -117,15 +118,10 @@ class Retriever(nnx.Module):
 
     def pool(self, frames: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Frames' vectors f[B, T, D] and which are there bool[B, T] -> f32[B, D] of length 1; zero where none is."""
-        count = frames.shape[1]
         mask = jnp.ones(frames.shape[:2], bool) if mask is None else mask
         x = frames
         if self.config.frame_layers:
-            rows = (
-                jnp.arange(count)
-                if count <= self.config.max_frames
-                else (jnp.arange(count) * self.config.max_frames // count)
-            )
+            rows = position_rows(mask, self.config.max_frames)
             place = self.frame_positions[...][rows].astype(x.dtype)
 
             def body(block: Block, x: jax.Array, _: tuple) -> tuple[jax.Array, None]:

@@ -51,6 +51,16 @@ class VideoEncoderConfig:
         return -(-frames // self.stride)
 
 
+def position_rows(mask: jax.Array, size: int) -> jax.Array:
+    """Which rows of a table of `size` frame positions the frames of videos have: bool[B, T] -> i32[B, T].
+
+    By a video's length up to its last frame that is there, so that padding a batch moves nothing.
+    """
+    order = np.arange(mask.shape[1])
+    length = jnp.where(mask, order + 1, 1).max(1, keepdims=True)
+    return jnp.minimum(jnp.where(length <= size, order, order * size // length), size - 1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EncodedVideo:
@@ -133,16 +143,15 @@ class VideoEncoder(nnx.Module):
         text_mask = flat(text_mask) if text_mask is not None else None if text is None else text > 0
         read = self.qformer(normed, None, text, text_mask, keys[0])
         read = read.reshape(videos, count, *read.shape[1:])
-        rows = (
-            np.arange(count) if count <= self.config.max_frames else np.arange(count) * self.config.max_frames // count
-        )
-        placed = read + self.frame_positions[...][rows][:, None].astype(read.dtype)
+        rows = position_rows(frame_mask, self.config.max_frames)
+        placed = read + self.frame_positions[...][rows][:, :, None].astype(read.dtype)
         queries = self.qformer.config.queries
         there = jnp.broadcast_to(frame_mask[:, :, None], placed.shape[:3])
         if not self.config.keep_text_tokens:
             placed, there = placed[:, :, :queries], there[:, :, :queries]
         elif not self.config.attend_to_pads and text_mask is not None:
-            there = there.at[:, :, queries:].multiply(text_mask.reshape(videos, count, -1))
+            sentences = there[:, :, queries:] & text_mask.reshape(videos, count, -1)
+            there = jnp.concatenate([there[:, :, :queries], sentences], axis=2)
         windows, window_mask = self._over_windows(placed, there, keys[1])
         tokens = self.projection(windows)
         return EncodedVideo(

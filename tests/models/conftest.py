@@ -30,10 +30,12 @@ from ivcr_jax.models.qformer import QFormerConfig
 from ivcr_jax.models.video_encoder import VideoEncoderConfig
 from ivcr_jax.models.vit import ViTConfig
 
-F32 = Compute(dtype="float32")
+F32 = Compute(dtype="float32", attention="xla")
 VIT = ViTConfig(image_size=8, patch_size=4, width=16, layers=2, heads=2, mlp_width=24)
 QFORMER = QFormerConfig(queries=2, width=16, layers=2, heads=2, mlp_width=24, vocab_size=40, max_text=32)
-VIDEO_QFORMER = QFormerConfig(queries=2, width=12, layers=1, heads=2, mlp_width=24, cross_every=1, vocab_size=0)
+VIDEO_QFORMER = QFormerConfig(
+    queries=2, width=12, layers=1, heads=2, mlp_width=24, cross_every=1, vocab_size=0, max_text=0
+)
 
 
 def fill(module, seed=0):

@@ -86,3 +86,11 @@ def test_a_text_of_another_length_is_refused(model):
     headless = dataclasses.replace(CONFIG, vit=dataclasses.replace(TOWER, map_head=False))
     with pytest.raises(ValueError, match="expected a configuration with map_head=True"):
         Retriever(headless, nnx.Rngs(0), F32).embed_video(FRAMES)
+
+
+def test_padding_a_batch_does_not_move_a_videos_frames():
+    """Three frames of a table of four rows, in a batch of five."""
+    model = with_layers()
+    frames = model.embed_frames(FRAMES)
+    mask = jnp.arange(5) < jnp.array([[3]] * 3)
+    close(model.pool(frames, mask), model.pool(frames[:, :3]), 1e-5)

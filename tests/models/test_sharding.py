@@ -1,5 +1,7 @@
 """Where arrays lie: the one table, and that any mesh gives the numbers of one device."""
 
+import collections
+import dataclasses
 import re
 
 import jax
@@ -15,7 +17,7 @@ from ivcr_jax.models.heads import ABSENT
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.retriever import Retriever
 from ivcr_jax.sharding import constrain, logical_axes, make_mesh, shardings, spec
-from tests.models.conftest import close, host
+from tests.models.conftest import CHAT, F32, close, find, host, when
 
 
 def test_a_mesh_is_of_all_devices():
@@ -68,9 +70,12 @@ def test_nearly_all_of_the_full_models_is_sharded(sizes):
 
 @pytest.fixture(scope="module")
 def on_one_device(world):
-    """Two rows twice, so that eight devices have a row or a half each, and the whole model's numbers on one."""
-    batch = {name: jnp.concatenate([array] * 4) for name, array in world.batch().items()}
-    definition, state = nnx.split(world.model())
+    """Two rows four times, one for each of eight devices, and the whole model's numbers on one."""
+    pack = dataclasses.replace(world.pack, seq_len=240, video_slots=4, max_turns=2)
+    two = world.batch((((find("a", "b", "c", target=1), when("b")),), ((when("c"),), (CHAT,))), pack)
+    batch = {name: jnp.concatenate([array] * 4) for name, array in two.items()}
+    one_layer = dataclasses.replace(world.config().qformer, layers=1, cross_every=1)  # half the time to compile
+    definition, state = nnx.split(world.model(qformer=one_layer))
 
     def loss(state, batch):
         out = nnx.merge(definition, state)(batch)
@@ -82,6 +87,57 @@ def on_one_device(world):
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return state, batch, step, host(step(state, batch))
+
+
+def operations(jaxpr):
+    """Every operation of a program and of those within it."""
+    for operation in jaxpr.eqns:
+        yield operation
+        for value in operation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from operations(inner)
+
+
+# Where each part's activations are laid out, counted by hand: layers once, as the body of their scan.
+LAID_OUT = {
+    "vit": {"x": 2, "heads": 3, "mlp": 1},
+    "qformer": {"x": 1, "heads": 9, "mlp": 4},  # a layer with cross-attention and one without; queries and text
+    "video_qformer": {"x": 1, "heads": 6, "mlp": 1},
+    "llama": {"x": 2, "heads": 3, "mlp": 1},
+    "moment": {"x": 1, "heads": 3, "mlp": 1},
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_activations_are_laid_out_by_rows_and_heads(world, name):
+    """Left to itself XLA may lay out a layer anyhow, and no number would tell."""
+    model = nnx.eval_shape(lambda: InterLLaVA(world.config(), nnx.Rngs(0), F32))
+    ones = jnp.ones((4, 6), jnp.int32)
+    x = jnp.ones((4, 6, 32))
+    calls = {
+        "vit": lambda m: m.encoder.vit(jnp.ones((4, 8, 8, 3))),
+        "qformer": lambda m: m.encoder.qformer(x[..., :16], None, ones),
+        "video_qformer": lambda m: m.encoder.video_qformer(x[..., :16]),
+        "llama": lambda m: m.llama(x, ones, ones)[0],
+        "moment": lambda m: m.moment(x[:, 0], jnp.ones((4, 6, 2, 32)), x[..., 0], ones > 0, x[:, 0, 0]).starts,
+    }
+    definition, state = nnx.split(model)
+    rows = ("data", "fsdp")
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        program = jax.make_jaxpr(lambda state: calls[name](nnx.merge(definition, state)))(state)
+    found = collections.Counter(
+        operation.params["sharding"].spec
+        for operation in operations(program.jaxpr)
+        if operation.primitive.name == "sharding_constraint" and operation.params["sharding"].spec[0] == rows
+    )
+    kinds = {
+        "x": jax.P(rows, None, None),
+        "heads": jax.P(rows, None, ("tensor",), None),
+        "mlp": jax.P(rows, None, ("tensor",)),
+    }
+    assert found == {kinds[kind]: count for kind, count in LAID_OUT[name].items()}
 
 
 @pytest.mark.slow
@@ -101,7 +157,11 @@ def test_eight_devices_give_the_numbers_of_one(on_one_device, sizes):
         for name, array in batch.items()
     }
     with jax.set_mesh(mesh):
-        (found_loss, found_scores), found = step(placed, rows)
+        compiled = step.lower(placed, rows).compile()
+    if sizes[2] == 1:  # rows are divided by all devices, so none makes numbers for those of all: 8 rows, 160 frames
+        whole = re.findall(r"= (f32\[(?:8,240|160),[0-9,]*\])", compiled.as_text())
+        assert not whole, whole
+    (found_loss, found_scores), found = compiled(placed, rows)
     assert len(found_scores.sharding.device_set) == 8
     close(found_loss, loss, 1e-5)
     close(found_scores, scores, 1e-5)
