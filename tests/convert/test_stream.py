@@ -218,7 +218,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 INTERRUPTED = """
-import os, pathlib, signal, sys, threading, time
+import os, pathlib, signal, sys, time
 import numpy as np
 from ivcr_jax.convert import stream
 
@@ -226,6 +226,7 @@ stream.PIECE = 64
 original = stream._LazyHandler._finish
 
 async def slow(self, arrays, infos):
+    os.kill(os.getpid(), signal.SIGINT)  # Python hands it to the main thread, which waits for this one
     time.sleep(0.5)
     await original(self, arrays, infos)
     (infos[0].parent_dir / "late").mkdir(parents=True, exist_ok=True)
@@ -233,7 +234,6 @@ async def slow(self, arrays, infos):
 def load(number):
     if number == 2:
         stream._LazyHandler._finish = slow
-        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     assert number < 3, "it was not interrupted"
     return np.full((4, 4), number, np.float32)
 

@@ -82,6 +82,17 @@ def near(found, expected, tolerance):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max()))
 
 
+def operations(jaxpr):
+    """Every operation of a program and of those within it."""
+    for operation in jaxpr.eqns:
+        yield operation
+        for value in operation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from operations(inner)
+
+
 # The decoder in NumPy: float64, position by position, from the papers.
 
 

@@ -25,7 +25,7 @@ from ivcr_jax.models.qformer import QFormer
 from ivcr_jax.models.retriever import Retriever, RetrieverConfig, TextConfig, TextTower
 from ivcr_jax.models.video_encoder import VideoEncoder, VideoEncoderConfig
 from ivcr_jax.models.vit import ViT, ViTConfig
-from tests.models.conftest import F32, QFORMER, VIDEO_QFORMER, VIT, fill
+from tests.models.conftest import F32, QFORMER, VIDEO_QFORMER, VIT, fill, operations
 
 # Sizes
 
@@ -384,17 +384,7 @@ def program(compute):
 
     mask, x, marks = jnp.ones((2, 3), bool), jnp.zeros((2, 8, 32)), jnp.ones((2, 8), jnp.int32)
     closed = jax.make_jaxpr(run)(state, FRAMES, mask, np.tile(TEXT[:1], (2, 3, 1)), x, marks)
-    return list(operations(closed.jaxpr))
-
-
-def operations(jaxpr):
-    for operation in jaxpr.eqns:
-        yield operation.primitive.name, operation.params, [str(value.aval) for value in operation.invars]
-        for value in operation.params.values():
-            for inner in value if isinstance(value, list | tuple) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from operations(inner)
+    return [(o.primitive.name, o.params, [str(value.aval) for value in o.invars]) for o in operations(closed.jaxpr)]
 
 
 def test_every_way_to_compute_is_another_program():

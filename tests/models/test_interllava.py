@@ -10,9 +10,9 @@ from flax import nnx
 
 from ivcr_jax.data.dialogue import Intent
 from ivcr_jax.models.heads import ABSENT
-from ivcr_jax.models.interllava import InterLLaVAConfig
+from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
 from ivcr_jax.models.qformer import QFormerConfig
-from tests.models.conftest import CHAT, ROWS, VIT, close, decode_row, find, host, near, when
+from tests.models.conftest import CHAT, F32, ROWS, VIT, close, decode_row, find, host, near, operations, when
 
 
 def run(model, batch):
@@ -340,6 +340,30 @@ def test_gradients_are_finite_differences(isolated, gradients):
             expected = (gradient * direction).sum(dtype=np.float64)
             assert expected > 0.05
             np.testing.assert_allclose((ahead - behind) / (2 * step), expected, rtol=1e-2)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize(("part", "sites"), [("encoder", 12), ("decoder", 4), ("both", 16)])
+def test_a_key_drops_out_in_the_encoder_and_in_the_decoder(world, part, sites):
+    """Random numbers are drawn at the published places, counted by hand, and nowhere without a key.
+
+    Image Q-Former: the embeddings; in a layer with cross-attention four sub-layers, in one without three. Video
+    Q-Former: the embeddings and three. LoRA: the inputs of q, k, v and o.
+    """
+    config = world.config()
+    if part == "encoder":
+        config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dropout=0.0))
+    elif part == "decoder":
+        still = (dataclasses.replace(each, dropout=0.0) for each in (config.qformer, config.video_qformer))
+        config = dataclasses.replace(config, **dict(zip(("qformer", "video_qformer"), still, strict=True)))
+    definition, state = nnx.split(nnx.eval_shape(lambda: InterLLaVA(config, nnx.Rngs(0), F32)))
+    batch = world.batch()
+    for key, expected in ((jax.random.key(0), sites), (None, 0)):
+        program = jax.make_jaxpr(lambda state, batch: nnx.merge(definition, state)(batch, key).scores)  # noqa: B023
+        names = [operation.primitive.name for operation in operations(program(state, batch).jaxpr)]
+        assert names.count("random_bits") == expected
 
 
 # Configuration

@@ -13,7 +13,7 @@ from ivcr_jax.models import attention
 from ivcr_jax.models.layers import REMAT_POLICIES, Compute
 from ivcr_jax.models.llama import Llama, LlamaConfig, RopeScaling, put, rotary
 from ivcr_jax.sharding import make_mesh
-from tests.models.conftest import F32, close, decode_row, lively, sees
+from tests.models.conftest import F32, close, decode_row, host, lively, near, sees
 
 CONFIG = LlamaConfig(vocab_size=40, added_tokens=5, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48)
 # A position each: "t" text, a digit a visual token of that block, "." nothing, "|" the border of two dialogues.
@@ -62,14 +62,18 @@ def model():
 
 
 @nnx.jit
+def jitted(model, *args):
+    return model(*args)
+
+
 def forward(model, x, positions, segments, blocks=None, cache=None):
-    return model(x, positions, segments, blocks, cache)
+    return host(jitted(model, x, positions, segments, blocks, cache))
 
 
 def states(model, x, positions, segments, blocks=None):
     """The states, zero where there is nothing."""
     hidden = forward(model, x, positions, segments, blocks)[0]
-    assert jnp.isfinite(hidden).all()
+    assert np.isfinite(hidden).all()
     return np.where(np.asarray(segments)[..., None] > 0, hidden, 0)
 
 
@@ -252,14 +256,14 @@ def read_in_chunks(model, x, positions, segments, blocks, size, cache):
                 if whole is not None:
                     array[row, : len(here)] = whole[row, here]
         hidden, cache = forward(model, *chunk, cache)
-        assert jnp.isfinite(hidden).all()
+        assert np.isfinite(hidden).all()
         for row, here in enumerate(places):
             found[row, here] = hidden[row, : len(here)]
     return np.where(segments[..., None] > 0, found, 0), cache
 
 
 @pytest.mark.parametrize("layout", ["isolated", "inline"])
-@pytest.mark.parametrize("size", [1, 3, 7, 99])
+@pytest.mark.parametrize("size", [1, 4, 99])
 def test_reading_in_chunks_is_reading_at_once(model, size, layout):
     """Down to token by token; rows of different lengths, with gaps, several dialogues in one."""
     x, positions, segments, blocks = inputs(ROWS)
@@ -295,6 +299,11 @@ def test_a_block_alone_has_the_keys_it_has_in_a_dialogue(model):
     assert checked == 9
 
 
+@jax.jit
+def append(cache, *ready):
+    return cache.append(*ready)
+
+
 READY = "1112233333"  # three blocks, in one row
 
 
@@ -311,7 +320,7 @@ def test_ready_keys_are_as_good_as_the_block_itself(model, ready, order):
     (block_x, block_positions, _, block_ids), made = ready
     text = inputs(["tttt", "tttt"], seed=6)
     longest = block_positions.max() + 1
-    appended = read = model.empty_cache(2, 22)
+    appended = read = host(model.empty_cache(2, 22))
     texts = 0
     for step in order:
         if step.isdigit():
@@ -321,8 +330,8 @@ def test_ready_keys_are_as_good_as_the_block_itself(model, ready, order):
             ids = np.full_like(segments, int(step))
             both = [np.repeat(array[:, here], 2, axis=0) for array in (block_x, block_positions)]
             _, read = forward(model, *both, segments, ids, read)
-            k, v = (jnp.repeat(array[:, :, here], 2, axis=1) for array in (made.k, made.v))
-            appended = appended.append(k, v, segments, ids)
+            k, v = (np.repeat(array[:, :, here], 2, axis=1) for array in (made.k, made.v))
+            appended = append(appended, k, v, segments, ids)
         else:
             x, positions, segments, ids = text
             positions = positions + longest + 4 * texts
@@ -378,11 +387,10 @@ def test_every_remat_policy_computes_the_same():
         def loss(model, x):
             return (model(x, positions, segments, blocks)[0] * weight).sum()
 
-        found = jax.tree.leaves(nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(model, x))
+        found = jax.tree.leaves(host(nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(model, x)))
         expected = expected or found
         for a, b in zip(found, expected, strict=True):
-            scale = max(1, float(jnp.abs(b).max()))
-            close(a / scale, b / scale, 1e-6)
+            near(a, b, 1e-6)
 
 
 def attention_case(rows, groups, heads, size, seed=0):
@@ -395,8 +403,12 @@ def attention_case(rows, groups, heads, size, seed=0):
     return q, k, v, segments, blocks
 
 
+def attended(*args):
+    return host(_attended(*args))
+
+
 @functools.partial(jax.jit, static_argnames="how")
-def attended(q, k, v, segments, blocks, how):
+def _attended(q, k, v, segments, blocks, how):
     """What is attended to, zero where nothing is, and its gradients for q, k and v."""
     order = jnp.broadcast_to(jnp.arange(q.shape[1]), segments.shape)
     sees = (segments, blocks, order)
@@ -413,11 +425,9 @@ def attended(q, k, v, segments, blocks, how):
 
 LONG = ("t" * 60 + "1" * 30 + "." * 3 + "2" * 40 + "t" * 30 + "|" + "t" * 9 + "1" * 20 + "t" * 9, "t" * 150)
 SPLASH = [
-    (ROWS, 2, 4, 16, True),
-    (ROWS, 2, 2, 64, False),
-    (ROWS, 1, 2, 128, True),
     (LONG, 2, 4, 16, True),
-    (("t" * 50 + "1" * 28 + "t" * 50,), 1, 1, 64, True),  # 128 positions, nothing to pad
+    (LONG, 1, 2, 128, False),
+    (("t" * 50 + "1" * 28 + "t" * 50,), 1, 2, 64, True),  # 128 positions, nothing to pad
 ]
 
 
@@ -429,7 +439,7 @@ def test_splash_is_attention(rows, groups, heads, size, with_blocks):
     found, gradients = attended(q, k, v, segments, blocks, "splash")
     close(found, expected, 1e-5)
     for a, b in zip(gradients, expected_gradients, strict=True):
-        assert jnp.abs(b).max() > 0.1
+        assert np.abs(b).max() > 0.1
         close(a, b, 1e-4)
 
 
@@ -451,6 +461,6 @@ def test_the_decoder_with_splash(model):
     # With a cache it is not asked: queries and keys are not the same positions there.
     cache = other.empty_cache(4, 24)
     hidden, _ = forward(other, x, positions, segments, blocks, cache)
-    expected = forward(model, x, positions, segments, blocks, cache)[0]
+    expected, _ = forward(model, x, positions, segments, blocks, cache)
     there = segments > 0
     close(hidden[there], expected[there], 1e-5)

@@ -13,16 +13,20 @@ from ivcr_jax.models.layers import Linear
 from ivcr_jax.models.llama import Llama, LlamaConfig
 from ivcr_jax.models.lora import LoraConfig
 from ivcr_jax.models.video_encoder import VideoEncoder, VideoEncoderConfig
-from tests.models.conftest import F32, QFORMER, VIDEO_QFORMER, VIT, close, lively
+from tests.models.conftest import F32, QFORMER, VIDEO_QFORMER, VIT, close, lively, operations
 
 LLAMA = LlamaConfig(vocab_size=30, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24)
 TOKENS = np.random.default_rng(0).integers(0, 30, (2, 7))
 
 
 def states(model, key=None):
+    return np.asarray(jitted(model, key))
+
+
+@nnx.jit
+def jitted(model, key):
     ones = jnp.ones(TOKENS.shape, jnp.int32)
-    hidden, _ = model(model.embed(jnp.asarray(TOKENS)), jnp.cumsum(ones, 1) - 1, ones, key=key)
-    return np.asarray(hidden)
+    return model(model.embed(jnp.asarray(TOKENS)), jnp.cumsum(ones, 1) - 1, ones, key=key)[0]
 
 
 def adapted(config, seed=0):
@@ -41,7 +45,7 @@ def test_an_addition_begins_as_nothing():
     before = states(model)
     lora.add(model, LoraConfig(rank=3, targets=r"layers\.(q|down)"), nnx.Rngs(1))
     assert set(lora.adapted(model)) == {"layers.q", "layers.down"}
-    np.testing.assert_array_equal(states(model), before)
+    close(states(model), before, 0)
     # But it is no dead end: A is drawn for each layer anew, so B has a gradient.
     a = np.asarray(model.layers.q.lora.a[...])
     assert a.shape == (2, 16, 3) and np.abs(a[0] - a[1]).min() > 0
@@ -90,9 +94,10 @@ def test_towers_are_adapted_by_the_same_names():
     assert set(lora.adapted(model)) == expected
     frames = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 8, 8, 3)), jnp.float32)
     text = jnp.ones((1, 3, 4), jnp.int32)
-    before = model(frames, text=text).tokens
+    tokens = nnx.jit(lambda model: model(frames, text=text).tokens)
+    before = tokens(model)
     lora.merge(model)
-    close(model(frames, text=text).tokens, before, 1e-5)
+    close(tokens(model), before, 1e-5)
 
 
 def test_a_target_that_matches_nothing_is_refused():
@@ -137,6 +142,14 @@ def test_the_factors_are_trained_alone():
         ones = jnp.ones(TOKENS.shape, jnp.int32)
         return model(model.embed(jnp.asarray(TOKENS)), jnp.cumsum(ones, 1) - 1, ones)[0][..., 0]
 
-    gradients = jax.tree.leaves(jax.grad(loss)(factors))
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(factors))
     assert len(gradients) == 4
     assert all(np.abs(np.asarray(gradient)).max() > 0 and gradient.dtype == jnp.float32 for gradient in gradients)
+
+
+def test_every_projection_of_a_layer_drops_out_with_a_key():
+    model = adapted(LoraConfig(rank=2, alpha=1.0, dropout=0.5, targets=r"layers\..*"))
+    definition, state = nnx.split(model)
+    for key, expected in ((jax.random.key(0), 7), (None, 0)):
+        program = jax.make_jaxpr(lambda state: jitted(nnx.merge(definition, state), key))(state)  # noqa: B023
+        assert [each.primitive.name for each in operations(program.jaxpr)].count("random_bits") == expected

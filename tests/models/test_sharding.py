@@ -17,7 +17,7 @@ from ivcr_jax.models.heads import ABSENT
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.retriever import Retriever
 from ivcr_jax.sharding import constrain, logical_axes, make_mesh, shardings, spec
-from tests.models.conftest import CHAT, F32, close, find, host, when
+from tests.models.conftest import CHAT, F32, close, find, host, operations, when
 
 
 def test_a_mesh_is_of_all_devices():
@@ -89,17 +89,6 @@ def on_one_device(world):
     return state, batch, step, host(step(state, batch))
 
 
-def operations(jaxpr):
-    """Every operation of a program and of those within it."""
-    for operation in jaxpr.eqns:
-        yield operation
-        for value in operation.params.values():
-            for inner in value if isinstance(value, list | tuple) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from operations(inner)
-
-
 # Where each part's activations are laid out, counted by hand: layers once, as the body of their scan.
 LAID_OUT = {
     "vit": {"x": 2, "heads": 3, "mlp": 1},
@@ -159,7 +148,9 @@ def test_eight_devices_give_the_numbers_of_one(on_one_device, sizes):
     with jax.set_mesh(mesh):
         compiled = step.lower(placed, rows).compile()
     if sizes[2] == 1:  # rows are divided by all devices, so none makes numbers for those of all: 8 rows, 160 frames
-        whole = re.findall(r"= (f32\[(?:8,240|160),[0-9,]*\])", compiled.as_text())
+        found = re.findall(r"= f32\[(?:8,240|160),([0-9,]+)\]", compiled.as_text())
+        # A device may look up an eighth of a width (16, 32, 48) for all rows and then exchange it for its own rows.
+        whole = [shape for shape in found if int(shape.split(",")[-1]) not in (2, 4, 6)]
         assert not whole, whole
     (found_loss, found_scores), found = compiled(placed, rows)
     assert len(found_scores.sharding.device_set) == 8
