@@ -1,8 +1,9 @@
 """Configurations as plain trees: dataclasses to dicts and back, strictly. Knows no file format and no flag library."""
 
 import dataclasses
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,12 +37,25 @@ def from_dict(kind: type[T], values: Mapping[str, Any], name: str = "config") ->
         raise error if str(error).startswith(name) else ValueError(f"{name}: {error}") from None
 
 
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names for a message: "a, b and 7 more"."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 def _value(kind: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_dict(kind, value, name)  # type: ignore[arg-type]
+    if typing.get_origin(kind) is types.UnionType:  # a part that a configuration may lack
+        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+        return None if value is None else _value(kind, value, name)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
-        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} is {value!r}; expected several values")
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(value) != len(kinds):
             raise ValueError(f"{name} is {value!r}; expected {len(kinds)} values")
         return tuple(_value(each, item, name) for each, item in zip(kinds, value, strict=True))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,13 +18,13 @@ from ivcr_jax.data import manifest, prompt
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, renumber
 from ivcr_jax.data.encoding import NO_TARGET, Encoded, EncodedTurn, EncodingConfig, Shown, encode, show, turn_texts
 from ivcr_jax.data.store import DialogueStore, StoredVideo, VideoStore, choose_stored
-from ivcr_jax.data.tokenizer import Tokenizer
+from ivcr_jax.data.tokenizer import Tokenizer, encode_query
 
 # Rows being filled at a time: more of them waste fewer positions and mix dialogues over a longer stretch.
 OPEN_ROWS = 256
 MEASURED_AT_ONCE = 4096
 # Raised when the same data and configuration come to mean other rows: saved plans and positions are refused then.
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PackConfig:
       video_slots: V, distinct videos of a row.
       max_turns: R, turns of a row.
       frames: T, frames of a video.
+      query_len: W, ids of a query for the first stage; 0 where batches are to hold none.
     """
 
     encoding: EncodingConfig = EncodingConfig()
@@ -43,6 +45,7 @@ class PackConfig:
     video_slots: int = 48
     max_turns: int = 24
     frames: int = 64
+    query_len: int = 0
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "video_slots", "max_turns", "frames"):
@@ -301,11 +304,32 @@ def _frame_ids(tokenizer: Tokenizer, sentence: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(prompt.BOS + sentence))
 
 
-def empty_batch(rows: int, config: PackConfig, videos: VideoStore, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """What of a batch's shape does not follow from the row's configuration.
+
+    Attributes:
+      kind: "frames" or "features". item_shape: of a frame's array. dtype: its.
+      frame_text: L, tokens of a frame's sentence.
+    """
+
+    kind: str
+    item_shape: tuple[int, ...]
+    dtype: Any
+    frame_text: int
+
+    @classmethod
+    def of(cls, videos: VideoStore, tokenizer: Tokenizer, config: PackConfig) -> "BatchShape":
+        """Of the batches that are made from these."""
+        text = frame_text_length(tokenizer, config.encoding.style)
+        return cls(videos.kind, videos.item_shape, videos.dtype, text)
+
+
+def empty_batch(rows: int, config: PackConfig, shape: BatchShape) -> dict[str, np.ndarray]:
     """A batch of `rows` rows that hold nothing. The shapes and dtypes of every batch are these.
 
     Returns a dict of (letters as in docs/architecture.md; F the shape of a frame's array, L tokens of a frame's
-    sentence; -1 stands for none in slots, targets and blocks):
+    sentence; -1 stands for none in slots, targets, blocks and numbers):
       tokens, targets i32[B, S]: a token and the one that follows it in its dialogue.
       loss_mask bool[B, S]: whether that target is learnt.
       segment_ids i32[B, S]: 1, 2, ... by dialogue, 0 where the row is empty.
@@ -316,21 +340,23 @@ def empty_batch(rows: int, config: PackConfig, videos: VideoStore, tokenizer: To
       frame_times f32[B, V, T]: seconds. frame_mask bool[B, V, T]: whether the frame is there.
       frame_text i32[B, V, T, L]: the sentence with the frame's time, 0 past its end.
       durations f32[B, V]: seconds. video_mask bool[B, V]: whether the slot holds a video.
+      video_numbers i32[B, V]: the video's number in its store.
       turn_mask bool[B, R]; turn_segments, turn_intents, turn_languages i32[B, R].
       turn_states i32[B, R]: index in S of the last prompt token, which the heads read.
       turn_records, turn_numbers i32[B, R]: the dialogue's record number and the turn's place in it.
+      turn_videos i32[B, R]: the number of the video that is the answer of a VIDEO turn or holds a MOMENT turn's.
       candidate_slots, candidate_blocks i32[B, R, C]: a VIDEO turn's candidates: slot, and index in S of the first
         visual token. candidate_targets i32[B, R]: the place of the truth among them.
       moment_slots, moment_blocks i32[B, R]: a MOMENT turn's video. moment_spans f32[B, R, 2]: seconds.
+      queries i32[B, R, W]: what the first stage reads in a VIDEO turn; not there where W is 0.
     """
     b, s, v, t, r = rows, config.seq_len, config.video_slots, config.frames, config.max_turns
     c = config.encoding.max_candidates
-    text = frame_text_length(tokenizer, config.encoding.style)
 
     def ints(*shape: int, fill: int = 0) -> np.ndarray:
         return np.full(shape, fill, np.int32)
 
-    return {
+    batch = {
         "tokens": ints(b, s),
         "targets": ints(b, s),
         "loss_mask": np.zeros((b, s), bool),
@@ -338,12 +364,13 @@ def empty_batch(rows: int, config: PackConfig, videos: VideoStore, tokenizer: To
         "positions": ints(b, s),
         "video_slots": ints(b, s, fill=-1),
         "video_offsets": ints(b, s),
-        videos.kind: np.zeros((b, v, t, *videos.item_shape), videos.dtype),
+        shape.kind: np.zeros((b, v, t, *shape.item_shape), shape.dtype),
         "frame_times": np.zeros((b, v, t), np.float32),
         "frame_mask": np.zeros((b, v, t), bool),
-        "frame_text": ints(b, v, t, text),
+        "frame_text": ints(b, v, t, shape.frame_text),
         "durations": np.zeros((b, v), np.float32),
         "video_mask": np.zeros((b, v), bool),
+        "video_numbers": ints(b, v, fill=-1),
         "turn_mask": np.zeros((b, r), bool),
         "turn_segments": ints(b, r),
         "turn_intents": ints(b, r),
@@ -351,6 +378,7 @@ def empty_batch(rows: int, config: PackConfig, videos: VideoStore, tokenizer: To
         "turn_states": ints(b, r),
         "turn_records": ints(b, r, fill=-1),
         "turn_numbers": ints(b, r, fill=-1),
+        "turn_videos": ints(b, r, fill=-1),
         "candidate_slots": ints(b, r, c, fill=-1),
         "candidate_blocks": ints(b, r, c, fill=-1),
         "candidate_targets": ints(b, r, fill=-1),
@@ -358,6 +386,9 @@ def empty_batch(rows: int, config: PackConfig, videos: VideoStore, tokenizer: To
         "moment_blocks": ints(b, r, fill=-1),
         "moment_spans": np.zeros((b, r, 2), np.float32),
     }
+    if config.query_len:
+        batch["queries"] = ints(b, r, config.query_len)
+    return batch
 
 
 def fill_row(
@@ -368,6 +399,7 @@ def fill_row(
     tokenizer: Tokenizer,
     config: PackConfig,
     rng: np.random.Generator | None,
+    queries: Tokenizer | None = None,
 ) -> list[tuple[StoredVideo, np.ndarray, np.ndarray]]:
     """Writes dialogues into a row of an empty batch, all but the frames' pixels.
 
@@ -377,6 +409,7 @@ def fill_row(
       content: (record number, dialogue as the plan kept it) of each.
       videos, tokenizer, config: as the plan was made with.
       rng: for training: orders the candidates and draws the frames. None keeps ranks and middle frames.
+      queries: the first stage's tokenizer, where the batch holds queries.
 
     Returns:
       The frames to decode: (video, frames chosen, the array dtype[T, *F] to write them to) of each slot.
@@ -399,6 +432,7 @@ def fill_row(
             batch["frame_text"][row, slot, place, : len(ids)] = ids
         batch["durations"][row, slot] = stored.duration
         batch["video_mask"][row, slot] = True
+        batch["video_numbers"][row, slot] = videos.number[name]
         work.append((stored, chosen, batch[videos.kind][row, slot]))
     start = turn = 0
     for segment, ((record, _), turns) in enumerate(zip(content, shown, strict=True), start=1):
@@ -408,7 +442,14 @@ def fill_row(
                 f"record {record} does not fit where the plan puts it: the plan is of other code or data"
             )
         _place(batch, row, start, encoded, segment, slot_of)
+        asked: list[str] = []
         for number, item in enumerate(encoded.turns):
+            said = turns[number].turn
+            if item.intent != Intent.CHAT:
+                batch["turn_videos"][row, turn] = videos.number[said.video_id]
+            if item.intent == Intent.VIDEO and queries is not None:
+                asked.append(said.user)
+                batch["queries"][row, turn] = encode_query(prompt.retrieval_query(asked), queries, config.query_len)
             _place_turn(batch, row, turn, start, item, encoded.videos, slot_of)
             batch["turn_segments"][row, turn] = segment
             batch["turn_records"][row, turn] = record

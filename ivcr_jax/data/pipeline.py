@@ -74,15 +74,24 @@ class Pipeline:
         tokenizer: Tokenizer,
         config: PipelineConfig,
         *,
+        queries: Tokenizer | None = None,
         process_index: int = 0,
         process_count: int = 1,
         cache_dir: epath.PathLike | None = None,
     ):
         """Plans the rows, or reads the plan from `cache_dir` where an earlier start left it.
 
+        Args:
+          dialogues, videos, tokenizer, config: what is read, and how.
+          queries: the first stage's tokenizer; needed where `config.pack.query_len` is not 0.
+          process_index, process_count: which share of each batch's rows this pipeline makes.
+          cache_dir: a folder for plans, or None.
+
         Raises:
           ValueError: where the batch does not divide among the processes, or no dialogue fits a row.
         """
+        if bool(config.pack.query_len) != (queries is not None):
+            raise ValueError(f"query_len is {config.pack.query_len}, and a tokenizer for queries is {queries}")
         if config.batch_size % process_count:
             raise ValueError(
                 f"batch_size is {config.batch_size} for {process_count} processes; expected a multiple of them"
@@ -98,6 +107,7 @@ class Pipeline:
                     dialogues.fingerprint,
                     videos.fingerprint,
                     tokenizer.fingerprint,
+                    queries.fingerprint if queries else None,
                     dataclasses.asdict(config.pack),
                     config.train,
                     config.seed,
@@ -107,7 +117,7 @@ class Pipeline:
         ).hexdigest()
         self.plan = self._plan(dialogues, videos, tokenizer, cache_dir)
         self._batches = _Batches(
-            dialogues, videos, tokenizer, config, self.plan, process_index, config.batch_size // process_count
+            dialogues, videos, tokenizer, queries, config, self.plan, process_index, config.batch_size // process_count
         )
         self.steps = self._batches.steps
 
@@ -152,6 +162,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
         dialogues: DialogueStore,
         videos: VideoStore,
         tokenizer: Tokenizer,
+        queries: Tokenizer | None,
         config: PipelineConfig,
         plan: packing.Plan,
         process_index: int,
@@ -160,6 +171,8 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
         self._dialogues = dialogues
         self._videos = videos
         self._tokenizer = tokenizer
+        self._queries = queries
+        self._shape = packing.BatchShape.of(videos, tokenizer, config.pack)
         self._config = config
         self._plan = plan
         self._first = process_index * local_rows
@@ -176,7 +189,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         config = self._config
-        batch = packing.empty_batch(self._local_rows, config.pack, self._videos, self._tokenizer)
+        batch = packing.empty_batch(self._local_rows, config.pack, self._shape)
         work = []
         for row in range(self._local_rows):
             number = step * config.batch_size + self._first + row
@@ -188,7 +201,9 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
             elif epoch:
                 continue  # past the end: the last batch is filled up with empty rows
             content = [(record, self._dialogue(record, turns)) for record, turns in self._plan.row(place)]
-            work += packing.fill_row(batch, row, content, self._videos, self._tokenizer, config.pack, rng)
+            work += packing.fill_row(
+                batch, row, content, self._videos, self._tokenizer, config.pack, rng, self._queries
+            )
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(config.threads)
         for _ in self._pool.map(lambda item: self._videos.decode(*item), work):

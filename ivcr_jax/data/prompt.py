@@ -135,6 +135,15 @@ def frame_texts(times: Sequence[float], style: PromptStyle) -> list[str]:
     return texts
 
 
+def retrieval_query(messages: Sequence[str]) -> str:
+    """What the first stage looks for: the message, then what it may refer back to, so that cutting cuts the oldest.
+
+    Args:
+      messages: of a dialogue's turns that look for a video, in order, the one in question last.
+    """
+    return "\n".join(reversed(messages))
+
+
 def without_control_tokens(text: str) -> str:
     """The text without any string that the prompt's structure is made of, stripped."""
     before = None

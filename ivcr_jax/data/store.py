@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_data_source
+from array_record.python import array_record_data_source, array_record_module
 from etils import epath
-from tensorflow_datasets.core import example_parser, example_serializer, file_adapters, splits
+from tensorflow_datasets.core import example_parser, example_serializer, splits
 
 from ivcr_jax.data import manifest, video
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, Turn
@@ -45,7 +45,8 @@ class _Records:
             found = sorted(p.name[len("index-") : -len(".json")] for p in self.directory.glob("index-*.json"))
             raise DatasetNotFound(f"{self.directory}: no split {split!r}; it has {found}")
         self.index: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
-        self.fingerprint: str = json.loads((self.directory / SUMMARY).read_text(encoding="utf-8"))["fingerprint"]
+        self.summary: dict[str, Any] = json.loads((self.directory / SUMMARY).read_text(encoding="utf-8"))
+        self.fingerprint: str = self.summary["fingerprint"]
 
     def __len__(self) -> int:
         return len(self.index["id"])
@@ -153,14 +154,16 @@ class VideoStore:
       kind: "frames" or "features".
       item_shape: of one frame's array: (H, W, 3) or the feature's shape.
       dtype: u8 for frames.
-      duration, num_frames: by id, known without reading the video.
+      made_by: of features, what `ivcr_jax.encode` made them from and by (its docstring tells the fields); else None.
+      number, duration, num_frames: by id, known without reading the video.
     """
 
     def __init__(self, directory: epath.PathLike):
         self._records = _Records(directory, VIDEO_SPLIT)
         self.fingerprint = self._records.fingerprint
+        self.made_by: dict[str, Any] | None = self._records.summary.get("made_by")
         index = self._records.index
-        self._number = {name: number for number, name in enumerate(index["id"])}
+        self.number = {name: number for number, name in enumerate(index["id"])}
         self.duration: dict[str, float] = dict(zip(index["id"], index["duration"], strict=True))
         self.num_frames: dict[str, int] = dict(zip(index["id"], index["num_frames"], strict=True))
         features = self._records.features()
@@ -172,14 +175,14 @@ class VideoStore:
             self.item_shape, self.dtype = features["features"].shape[1:], np.dtype(features["features"].np_dtype)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._number
+        return name in self.number
 
     def __len__(self) -> int:
-        return len(self._number)
+        return len(self.number)
 
     def read(self, name: str) -> StoredVideo:
         """Reads a video's record. Raises KeyError for an id the store lacks."""
-        row = self._records[self._number[name]]
+        row = self._records[self.number[name]]
         payload: Any = row[self.kind]
         if self.kind == "features":
             payload = np.frombuffer(payload, self.dtype).reshape(-1, *self.item_shape)
@@ -227,7 +230,7 @@ def write_features(
     dtype: Any,
     fingerprint: str,
 ) -> None:
-    """Writes a feature store that `VideoStore` reads, atomically.
+    """Writes a feature store of one shard that `VideoStore` reads, atomically.
 
     Args:
       directory: where to; must not exist.
@@ -239,39 +242,102 @@ def write_features(
     directory = epath.Path(directory)
     if directory.exists():
         raise FileExistsError(f"{directory} exists; a feature store is written to a new folder")
-    features = feature_features(shape, dtype)
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     index: dict[str, list[Any]] = {"id": [], "duration": [], "num_frames": []}
 
-    def serialized() -> Iterable[tuple[str, bytes]]:
+    def indexed() -> Iterable[tuple[str, float, np.ndarray, np.ndarray]]:
         for name, duration, times, array in videos:
-            if array.shape[1:] != shape or len(array) != len(times):
-                raise ValueError(
-                    f"{name}: features {array.shape} at {len(times)} times; expected {(len(times), *shape)}"
-                )
             for key, value in (("id", name), ("duration", float(duration)), ("num_frames", len(times))):
                 index[key].append(value)
-            example = {"id": name, "duration": duration, "times": times, "features": array.astype(dtype)}
-            yield name, serializer.serialize_example(features.encode_example(example))
+            yield name, duration, times, array
 
     with manifest.atomic(directory) as temporary:
         temporary.mkdir()
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=temporary, dataset_name="features", split=VIDEO_SPLIT, filetype_suffix="array_record"
-        )
-        path = template.sharded_filepath(shard_index=0, num_shards=1)
-        file_adapters.ArrayRecordFileAdapter.write_examples(path, serialized())
-        info = splits.SplitInfo(
-            name=VIDEO_SPLIT,
-            shard_lengths=[len(index["id"])],
-            num_bytes=path.stat().length,
-            filename_template=template,
-        )
-        tfds.folder_dataset.write_metadata(
-            data_dir=temporary, features=features, split_infos=[info], filename_template=template, check_data=False
-        )
-        (temporary / index_file(VIDEO_SPLIT)).write_text(json.dumps(index, ensure_ascii=False))
-        (temporary / SUMMARY).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+        (path,) = feature_shards(temporary, 1)
+        write_feature_shard(path, indexed(), shape=shape, dtype=dtype)
+        describe_features(temporary, index, [len(index["id"])], shape=shape, dtype=dtype, fingerprint=fingerprint)
+
+
+def feature_shards(directory: epath.PathLike, count: int) -> list[epath.Path]:
+    """The paths of a feature store's shards, in record order."""
+    template = _feature_template(directory)
+    return [template.sharded_filepath(shard_index=number, num_shards=count) for number in range(count)]
+
+
+def write_feature_shard(
+    path: epath.Path,
+    videos: Iterable[tuple[str, float, np.ndarray, np.ndarray]],
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> None:
+    """Writes one of `feature_shards`, video by video; the file appears when it is whole. Arguments: `write_features`'s.
+
+    Raises ValueError, naming the video, for features of another shape or number.
+    """
+    features = feature_features(shape, dtype)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    with manifest.atomic(path) as temporary:
+        # Not compressed, unlike TFDS's own shards: features shrink by 8 %, and reading them would take twice as long.
+        writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
+        try:
+            for name, duration, times, array in videos:
+                if array.shape[1:] != shape or len(array) != len(times):
+                    raise ValueError(
+                        f"{name}: features {array.shape} at {len(times)} times; expected {(len(times), *shape)}"
+                    )
+                example = {
+                    "id": name,
+                    "duration": duration,
+                    "times": times,
+                    "features": array.astype(dtype, copy=False),
+                }
+                # Deterministic: or the order of the fields, and so the bytes, would change from process to process.
+                record = serializer.get_tf_example(features.encode_example(example))
+                writer.write(record.SerializeToString(deterministic=True))
+        finally:
+            writer.close()
+
+
+def describe_features(
+    directory: epath.PathLike,
+    index: Mapping[str, list[Any]],
+    lengths: list[int],
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    fingerprint: str,
+    made_by: Mapping[str, Any] | None = None,
+) -> None:
+    """Puts beside whole shards what makes them a store: TFDS's metadata, the index and the summary.
+
+    Args:
+      directory: with all of `feature_shards(directory, len(lengths))`.
+      index: "id", "duration" and "num_frames" of every record, in record order.
+      lengths: records of each shard.
+      shape, dtype, fingerprint: as `write_features` takes them.
+      made_by: plain values that tell what the features were made from and by; None where nobody will ask.
+    """
+    directory = epath.Path(directory)
+    paths = feature_shards(directory, len(lengths))
+    template = _feature_template(directory)
+    size = sum(path.stat().length for path in paths)
+    info = splits.SplitInfo(name=VIDEO_SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=feature_features(shape, dtype),
+        split_infos=[info],
+        filename_template=template,
+        check_data=False,
+    )
+    (directory / index_file(VIDEO_SPLIT)).write_text(json.dumps(index, ensure_ascii=False))
+    summary = {"fingerprint": fingerprint} | ({} if made_by is None else {"made_by": dict(made_by)})
+    (directory / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _feature_template(directory: epath.PathLike) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(directory), dataset_name="features", split=VIDEO_SPLIT, filetype_suffix="array_record"
+    )
 
 
 def _text(value: bytes | str) -> str:

@@ -206,6 +206,15 @@ class Tokenizer:
         return held == {b"%d" % digit for digit in range(10)}
 
 
+def encode_query(text: str, tokenizer: Tokenizer, length: int) -> list[int]:
+    """A text for the first stage, `length` ids: lower case, cut to leave room for the end id, padded.
+
+    As SigLIP2's text tower was trained (big_vision: lower, no begin id, a "sticky" end id, padding to full length).
+    """
+    ids = tokenizer.encode(text.lower())[: length - 1] + [tokenizer.eos_id]
+    return ids + [tokenizer.pad_id] * (length - len(ids))
+
+
 def train_demo(
     texts: Iterable[str],
     vocab_size: int,

@@ -19,7 +19,7 @@ def plan_of(stores, config=PACK, seed=0, keep_chat=True):
 
 def row_of(stores, plan, number, config=PACK, rng=None):
     dialogues, videos, tokenizer = stores
-    batch = packing.empty_batch(1, config, videos, tokenizer)
+    batch = packing.empty_batch(1, config, packing.BatchShape.of(videos, tokenizer, config))
     content = []
     for record, turns in plan.row(number):
         dialogue = dialogues[record]

@@ -47,6 +47,7 @@ def test_dialogues_come_back_as_they_were_in_the_source(folder):
 def test_features_come_back_exactly(folder):
     videos = store.VideoStore(folder / "features")
     assert (videos.kind, videos.item_shape, videos.dtype) == ("features", sources.SHAPE, np.float32)
+    assert videos.made_by is None
     assert len(videos) == sources.VIDEOS and "corpus/v3" in videos and "corpus/v99" not in videos
     for number in range(sources.VIDEOS):
         name, duration, times, array = sources.features_of(number)
@@ -61,6 +62,31 @@ def test_features_come_back_exactly(folder):
         videos.read("corpus/v99")
 
 
+def test_shards_written_one_by_one_are_one_store_in_their_order(tmp_path):
+    numbers = [[4, 0], [1], [3, 2]]
+    shards = store.feature_shards(tmp_path, 3)
+    kind = {"shape": sources.SHAPE, "dtype": np.float32}
+    for path, part in reversed(list(zip(shards, numbers, strict=True))):
+        store.write_feature_shard(path, (sources.features_of(n) for n in part), **kind)
+    order = [number for part in numbers for number in part]
+    rows = [(name, duration, len(times)) for name, duration, times, _ in map(sources.features_of, order)]
+    index = dict(zip(("id", "duration", "num_frames"), map(list, zip(*rows, strict=True)), strict=True))
+    store.describe_features(tmp_path, index, [2, 1, 2], **kind, fingerprint="x", made_by={"tower": "t", "sizes": [1]})
+    videos = store.VideoStore(tmp_path)
+    assert (videos.fingerprint, videos.made_by) == ("x", {"tower": "t", "sizes": [1]})
+    assert list(videos.duration) == [sources.name_of(number) for number in order]
+    for number in order:
+        assert (videos.read(sources.name_of(number)).payload == sources.features_of(number)[3]).all()
+    with pytest.raises(RuntimeError, match="stopped"):
+        store.write_feature_shard(tmp_path / "half", _stopping(), **kind)
+    assert not list(tmp_path.glob("*half*")) and not list(tmp_path.glob(".*"))
+
+
+def _stopping():
+    yield sources.features_of(1)
+    raise RuntimeError("stopped")
+
+
 def test_stores_travel_to_other_processes(folder):
     videos = store.VideoStore(folder / "features")
     dialogues = store.DialogueStore(folder / "data", "train")
@@ -71,12 +97,8 @@ def test_stores_travel_to_other_processes(folder):
 
 
 def test_half_written_features_do_not_count(folder, tmp_path):
-    def broken():
-        yield sources.features_of(1)
-        raise RuntimeError("stopped")
-
     with pytest.raises(RuntimeError, match="stopped"):
-        store.write_features(tmp_path / "features", broken(), shape=sources.SHAPE, dtype=np.float32, fingerprint="x")
+        store.write_features(tmp_path / "features", _stopping(), shape=sources.SHAPE, dtype=np.float32, fingerprint="x")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=r"corpus/v1: features \(5, 2, 3\) at 5 times; expected \(5, 9\)"):
         store.write_features(
