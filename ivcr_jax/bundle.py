@@ -1,4 +1,4 @@
-"""A model folder: what converting and exporting write, and inference reads.
+"""A model folder: what converting, pretraining and exporting write, and training and inference read.
 
     config.json               sizes of the models, wording of the prompt
     model/                    parameters of the dialogue model (Orbax), if there is one
@@ -11,7 +11,7 @@ nothing is guessed from the weights.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from ivcr_jax.config import from_dict, to_dict
-from ivcr_jax.data import prompt
+from ivcr_jax.config import from_dict, listed, to_dict
+from ivcr_jax.data import manifest, prompt
 from ivcr_jax.data.tokenizer import Tokenizer
 from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
 from ivcr_jax.models.layers import Compute
@@ -53,13 +53,16 @@ class BundleConfig:
             values = json.loads(text)
         except ValueError as error:
             raise ValueError(f"config.json: found {text[:40]!r}, expected JSON: {error}") from None
+        if sorted(values) != ["model", "retriever", "style"]:
+            raise ValueError(f"config.json: found {sorted(values)}, expected model, retriever and style")
         return cls.from_values(values)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "BundleConfig":
-        """From nested mappings such as an ml_collections.ConfigDict's `to_dict()`."""
-        if sorted(values) != ["model", "retriever", "style"]:
-            raise ValueError(f"config: found {sorted(values)}, expected model, retriever and style")
+        """From nested mappings such as an ml_collections.ConfigDict's `to_dict()`. What a training configuration has
+        besides is left alone."""
+        if missing := {"model", "retriever", "style"} - {*values}:
+            raise ValueError(f"config: {listed(sorted(missing))} missing, expected model, retriever and style")
         model, retriever = values["model"], values["retriever"]
         return cls(
             None if model is None else from_dict(InterLLaVAConfig, model, "config.model"),
@@ -183,6 +186,62 @@ def load(folder: epath.PathLike, *, mesh: Any = None, compute: Compute = Compute
     return Bundle(config, model, retriever, tokenizers[TOKENIZER], tokenizers[RETRIEVER_TOKENIZER])
 
 
+def write_tree(path: epath.PathLike, tree: Mapping[str, Any]) -> None:
+    """Writes nested dicts of arrays as an Orbax checkpoint."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(epath.Path(path).resolve(), args=ocp.args.PyTreeSave(dict(tree)))
+
+
+def save(
+    folder: epath.PathLike,
+    config: BundleConfig,
+    *,
+    model: Mapping[str, Any] | None = None,
+    retriever: Mapping[str, Any] | None = None,
+    tokenizers: Mapping[str, bytes],
+    write: Callable[[epath.Path, Mapping[str, Any]], None] = write_tree,
+) -> None:
+    """Writes a model folder, which appears when it is whole. For one process.
+
+    Args:
+      folder: must not exist.
+      config: of the models.
+      model, retriever: parameters by dotted path, as `weights(module)` gives them, in the dtypes they are to be kept
+        in; None where the configuration has None.
+      tokenizers: SentencePiece models by file name, TOKENIZER or RETRIEVER_TOKENIZER.
+      write: of a tree to a path.
+
+    Raises:
+      FileExistsError: there is something at `folder`.
+      ValueError: parameters of a model that the configuration has not, or none of one that it has; a tokenizer under
+        another name, or one that does not fit the configuration.
+    """
+    folder = epath.Path(folder).resolve()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; a model folder is written to a new one")
+    given = {MODEL: (model, config.model), RETRIEVER: (retriever, config.retriever)}
+    for name, (flat, of_part) in given.items():
+        if flat is None and of_part is not None:
+            raise ValueError(f"config.{name}: found no parameters for it")
+        if flat is not None and of_part is None:
+            raise ValueError(f"{name}: found parameters, but config.{name} is None")
+    for name, proto in tokenizers.items():
+        if name not in (TOKENIZER, RETRIEVER_TOKENIZER):
+            raise ValueError(f"tokenizers: found {name!r}, expected {TOKENIZER} or {RETRIEVER_TOKENIZER}")
+        try:
+            make_tokenizer(proto, config, name)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    with manifest.atomic(folder) as aside:
+        aside.mkdir()
+        for name, (flat, _) in given.items():
+            if flat is not None:
+                write(aside / name, nest(flat))
+        for name, proto in tokenizers.items():
+            (aside / name).write_bytes(proto)
+        (aside / CONFIG).write_text(config.to_json())
+
+
 def read_tokenizer(path: epath.Path, config: BundleConfig, name: str = "") -> Tokenizer:
     """Reads a folder's tokenizer.
 
@@ -194,11 +253,16 @@ def read_tokenizer(path: epath.Path, config: BundleConfig, name: str = "") -> To
     Raises:
       ValueError: where it is none, or its ids are not the rows of the embedding table.
     """
-    of_model = (name or path.name) == TOKENIZER
     try:
-        tokenizer = Tokenizer.from_proto(path.read_bytes(), prompt.VIDEO_TOKENS if of_model else ())
+        return make_tokenizer(path.read_bytes(), config, name or path.name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def make_tokenizer(proto: bytes, config: BundleConfig, name: str) -> Tokenizer:
+    """As `read_tokenizer`, of the bytes of a SentencePiece model."""
+    of_model = name == TOKENIZER
+    tokenizer = Tokenizer.from_proto(proto, prompt.VIDEO_TOKENS if of_model else ())
     if of_model and config.model is not None:
         llama = config.model.llama
         rows, sizes = llama.vocab_size + llama.added_tokens, f"{llama.vocab_size} + {llama.added_tokens} added tokens"
@@ -208,15 +272,18 @@ def read_tokenizer(path: epath.Path, config: BundleConfig, name: str = "") -> To
     else:
         return tokenizer
     if tokenizer.vocab_size != rows:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids; expected {rows}, for a table of {sizes}"
-        )
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids; expected {rows}, for a table of {sizes}")
     return tokenizer
 
 
 def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
     """Every parameter by its dotted path, such as "llama.layers.q.kernel"."""
     return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def weights(module: nnx.Module) -> dict[str, jax.Array]:
+    """Every parameter's array by its dotted path."""
+    return {path: variable.get_value() for path, variable in parameters(module).items()}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,6 +305,48 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_folder(
+    folder: epath.PathLike, wanted: Mapping[str, jax.ShapeDtypeStruct], known: Collection[str]
+) -> dict[str, jax.Array]:
+    """Those of the wanted parameters that a model folder has, to train on from; the others begin as new.
+
+    Args:
+      folder: a model folder.
+      wanted: by path, "model." or "retriever." in front: shapes with shardings.
+      known: every path of the models, wanted or not.
+
+    Raises:
+      FileNotFoundError: no folder, or no config.json in it.
+      ValueError: for a parameter of another shape, or one that the models lack: it would be lost without a word.
+    """
+    folder = epath.Path(folder).resolve()
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    arrays: dict[str, jax.Array] = {}
+    for name in (MODEL, RETRIEVER):
+        prefix = f"{name}."
+        mine = {path.removeprefix(prefix) for path in known if path.startswith(prefix)}
+        if not mine or not (folder / name).exists():
+            continue
+        found = _metadata(folder / name)
+        if lost := sorted({*found} - mine):
+            raise ValueError(f"{folder / name} holds what config.{name} has no place for: {listed(lost)}")
+        placed = {path: wanted[prefix + path].sharding for path in found if prefix + path in wanted}
+        shapes = {path: wanted.get(prefix + path, value) for path, value in found.items()}
+        read = read_parameters(folder / name, shapes, placed) if placed else {}
+        arrays |= {prefix + path: value for path, value in read.items()}
+    return arrays
+
+
+def _metadata(path: epath.Path) -> dict[str, Any]:
+    """What a checkpoint holds, by path: shapes and dtypes."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path).item_metadata if path.exists() else None
+    if metadata is None:
+        raise ValueError(f"{path}: found no whole checkpoint, expected the parameters that {CONFIG} tells of")
+    return _flatten(metadata.tree)
+
+
 def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Parameters by path, in the dtypes they were written in.
 
@@ -249,11 +358,7 @@ def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mappi
     Raises:
       ValueError: where the checkpoint holds other parameters or shapes than expected.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata if path.exists() else None
-    if metadata is None:
-        raise ValueError(f"{path}: found no whole checkpoint, expected the parameters that {CONFIG} tells of")
-    found = _flatten(metadata.tree)
+    found = _metadata(path)
     wrong = [f"{name}: missing" for name in sorted({*expected} - {*found})]
     wrong += [f"{name}: unexpected" for name in sorted({*found} - {*expected})]
     wrong += [

@@ -4,12 +4,14 @@ Models name the axes of their parameters and activations and know nothing of mes
 shardings. Nothing here starts devices or reads files.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -29,20 +31,48 @@ RULES: Mapping[str, tuple[str, ...]] = {
 WHOLE = frozenset({"layers", "lora", "seq", "act_embed", "head_dim", "norm", "positions", "queries"})
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh (data, fsdp, tensor) over all devices. One size may be -1: what is left.
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh's axes. One may be -1: what is left of the devices.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Attributes:
+      data: copies of the model. With several slices they are what the copies are spread over first.
+      fsdp: devices among which each copy's parameters are divided.
+      tensor: devices among which each layer's work is divided.
+      slices: TPU slices, joined by the data-centre network; they divide `data`.
     """
-    sizes = [data, fsdp, tensor]
-    devices = len(jax.devices())
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    slices: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh (data, fsdp, tensor) over all devices, or over these.
+
+    Raises ValueError where the sizes do not multiply to the number of devices, or slices do not divide `data`.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
     known = int(np.prod([size for size in sizes if size > 0]))
-    if sizes.count(-1) == 1 and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if min(sizes) < 1 or np.prod(sizes) != devices:
-        raise ValueError(f"a mesh of {dict(zip(MESH_AXES, sizes, strict=True))} for {devices} devices")
+    if sizes.count(-1) == 1 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or np.prod(sizes) != len(devices):
+        raise ValueError(f"a mesh of {dict(zip(MESH_AXES, sizes, strict=True))} for {len(devices)} devices")
+    if config.slices < 1 or sizes[0] % config.slices:
+        raise ValueError(f"mesh: data is {sizes[0]} for {config.slices} slices; expected a multiple of them")
+    if config.slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // config.slices, *sizes[1:]),
+            (config.slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: XLA propagates shardings. By default axes are explicit, which the models are not written for.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
@@ -83,6 +113,16 @@ def shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
         return variable.replace(NamedSharding(mesh, partition))
 
     return jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def row_axes(mesh: Any) -> tuple[str, ...]:
+    """The mesh axes over which the rows of a batch are divided, those of one device left out."""
+    return tuple(axis for axis in RULES["batch"] if mesh.shape.get(axis, 1) > 1)
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Where a batch's arrays lie: divided by rows, their leading axis."""
+    return NamedSharding(mesh, PartitionSpec(row_axes(mesh) or None))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from ivcr_jax.bundle import BundleConfig
 from ivcr_jax.convert.convert import back, forward
-from ivcr_jax.sharding import make_mesh
+from ivcr_jax.sharding import MeshConfig, make_mesh
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Sizes of the models.", lock_config=True)
 _SOURCES = {
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         elif _CONFIG.value is None:
             raise ValueError("expected --config with files of weights, or --from with --to")
         else:
-            mesh = None if _MESH.value is None else make_mesh(*map(int, _MESH.value))
+            mesh = None if _MESH.value is None else make_mesh(MeshConfig(*map(int, _MESH.value)))
             config = BundleConfig.from_values(_CONFIG.value.to_dict())
             forward(config, files, out, mesh)
     except (ValueError, OSError, ImportError) as error:

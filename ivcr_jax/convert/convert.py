@@ -91,13 +91,15 @@ def forward(config: bundle.BundleConfig, files: Mapping[str, str], out: epath.Pa
         for note in plan.notes:
             print(note)
         _print_counts({path: lazy.shape for path, lazy in plan.parameters.items()}, set(plan.new))
-    with atomic(out) as aside:
-        aside.mkdir()
-        for name, plan in plans.items():
-            stream.save(aside / name, bundle.nest(plan.parameters))
-        (aside / bundle.CONFIG).write_text(config.to_json())
-        for name, path in tokenizers.items():
-            path.copy(aside / name)
+    trees = {name: plan.parameters for name, plan in plans.items()}
+    bundle.save(
+        out,
+        config,
+        model=trees.get(bundle.MODEL),
+        retriever=trees.get(bundle.RETRIEVER),
+        tokenizers={name: path.read_bytes() for name, path in tokenizers.items()},
+        write=stream.save,
+    )
     print(f"wrote {out}")
 
 

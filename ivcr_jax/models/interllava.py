@@ -15,7 +15,7 @@ from flax import nnx
 
 from ivcr_jax.models import lora
 from ivcr_jax.models.heads import MomentHead, MomentHeadConfig, Moments, RankHead, RankHeadConfig
-from ivcr_jax.models.layers import Compute, split_key
+from ivcr_jax.models.layers import Compute, over_chunks, split_key
 from ivcr_jax.models.llama import KVCache, Llama, LlamaConfig
 from ivcr_jax.models.lora import LoraConfig
 from ivcr_jax.models.qformer import QFormerConfig
@@ -80,7 +80,7 @@ class InterLLaVA(nnx.Module):
         self.rank = RankHead(c.rank, c.llama.width, rngs)
         self.moment = MomentHead(c.moment, c.llama.width, c.qformer.width, rngs, compute)
         lora.add(self, c.lora, rngs)
-        self.config = config
+        self.config, self.compute = config, compute
 
     def __call__(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Output:
         """Everything a loss or a metric needs of a batch (see packing.empty_batch).
@@ -112,16 +112,19 @@ class InterLLaVA(nnx.Module):
         return Output(hidden, scores, self._moment(states, videos.frames, batch))
 
     def encode(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> EncodedVideo:
-        """The batch's videos, each field with leading axes [B, V]."""
-        rows, slots = batch["frame_mask"].shape[:2]
+        """The batch's videos, each field with leading axes [B, V]; nothing in `intermediates`."""
+        videos = [batch["features"] if "features" in batch else batch["frames"], batch["frame_mask"]]
+        if self.encoder.qformer.config.vocab_size:
+            videos.append(batch["frame_text"])
 
-        def flat(x: jax.Array) -> jax.Array:
-            return x.reshape(rows * slots, *x.shape[2:])
+        def some(videos: list[jax.Array], key: jax.Array | None) -> EncodedVideo:
+            rows, slots = videos[1].shape[:2]
+            frames, mask, *text = (x.reshape(rows * slots, *x.shape[2:]) for x in videos)
+            encoded = self.encoder(frames, mask, text[0] if text else None, key=key)
+            encoded = dataclasses.replace(encoded, intermediates={})
+            return jax.tree.map(lambda x: x.reshape(rows, slots, *x.shape[1:]), encoded)
 
-        frames = batch["features"] if "features" in batch else batch["frames"]
-        text = flat(batch["frame_text"]) if self.encoder.qformer.config.vocab_size else None
-        encoded = self.encoder(flat(frames), flat(batch["frame_mask"]), text, key=key)
-        return jax.tree.map(lambda x: x.reshape(rows, slots, *x.shape[1:]), encoded)
+        return over_chunks(some, videos, self.compute.videos_at_once, self.compute.remat, key)
 
     def blocks(self, video_slots: jax.Array) -> jax.Array | None:
         """i32[B, S] video slots, -1 at text -> block numbers for the decoder in this layout."""

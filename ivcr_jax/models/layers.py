@@ -29,7 +29,7 @@ REMAT_POLICIES = (
     "everything_saveable",
     "nothing_saveable",
 )
-INIT_STD = 0.02
+INIT_STD = 0.02  # of tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Compute:
         policy of `jax.checkpoint_policies`.
       attention: of the decoder: "xla", "splash" (the TPU kernel; off TPU it is interpreted, slowly), or "auto":
         splash on TPU.
+      videos_at_once: of a row of a batch, how many are encoded at a time; it divides the row's slots. 0 is all.
     """
 
     dtype: str = "bfloat16"
     remat: str = "none"
     attention: str = "auto"
+    videos_at_once: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -56,6 +58,8 @@ class Compute:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if self.videos_at_once < 0:
+            raise ValueError(f"videos_at_once is {self.videos_at_once}; expected 0 for all, or more")
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float = INIT_STD) -> nnx.Param:
@@ -82,7 +86,7 @@ class Linear(nnx.Module):
     def __init__(
         self, rngs: nnx.Rngs, axes: tuple[str | None, str | None], sizes: tuple[int, int], bias: bool = True
     ) -> None:
-        self.kernel = parameter(rngs, sizes, axes)
+        self.kernel = parameter(rngs, sizes, axes, std=sizes[0] ** -0.5)  # a small model stands still at INIT_STD
         self.bias = parameter(rngs, sizes[1:], axes[1:], std=0) if bias else None
         self.lora: nnx.Module | None = nnx.data(None)
 
@@ -206,6 +210,46 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Mod
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
+def checkpointed(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """The body of a scan as the remat policy of this name would have it (see Compute)."""
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.nothing_saveable if remat == "full" else getattr(jax.checkpoint_policies, remat)
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with another
+
+
+def over_chunks(
+    function: Callable[[Any, jax.Array | None], Any], batch: Any, chunk: int, remat: str, key: jax.Array | None = None
+) -> Any:
+    """`function` over slices of a batch, one after the other, so that only one slice's activations are there at a time.
+
+    Args:
+      function: (arrays [B, chunk, ...], a key or None) -> arrays [B, chunk, ...].
+      batch: a tree of arrays [B, V, ...].
+      chunk: how many of V at a time; 0 is all at once.
+      remat: see Compute.
+      key: split over the slices.
+
+    Raises ValueError where the chunk does not divide V.
+    """
+    size = jax.tree.leaves(batch)[0].shape[1]
+    if chunk in (0, size):
+        return function(batch, key)
+    if size % chunk:
+        raise ValueError(f"videos_at_once is {chunk}; expected a divisor of the {size} videos of a row")
+    keys = None if key is None else jax.random.split(key, size // chunk)
+
+    def body(_: None, each: tuple[jax.Array, jax.Array | None]) -> tuple[None, Any]:
+        number, key = each
+        # Cut out where it lies: to scan over slices themselves would first copy the whole batch into their order.
+        some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number * chunk, chunk, axis=1), batch)
+        return None, function(some, key)
+
+    body = checkpointed(body, "none" if remat == "none" else "full")
+    _, out = jax.lax.scan(body, None, (jnp.arange(size // chunk), keys))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], size, *x.shape[3:]), out)
+
+
 def run_stack(
     layers: Module,
     body: Callable[[Module, Any, Any], tuple[Any, Any]],
@@ -234,14 +278,9 @@ def run_stack(
         layer_state, *rest = slices
         return body(nnx.merge(definition, layer_state), x, tuple(rest))
 
-    if remat != "none":
-        policy = (
-            jax.checkpoint_policies.nothing_saveable if remat == "full" else getattr(jax.checkpoint_policies, remat)
-        )
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)  # a scan's body cannot be merged with another
     count = jax.tree.leaves(state)[0].shape[0]
     keys = None if key is None else jax.random.split(key, count)
-    return jax.lax.scan(step, x, (state, each, keys))
+    return jax.lax.scan(checkpointed(step, remat), x, (state, each, keys))
 
 
 def count_parameters(module: nnx.Module) -> int:

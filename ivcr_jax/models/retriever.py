@@ -111,10 +111,12 @@ class Retriever(nnx.Module):
         return _unit(self.text(tokens))
 
     def embed_frames(self, frames: jax.Array) -> jax.Array:
-        """u8[B, T, H, W, 3] pixels (or normalised f32) -> f[B, T, D], each frame by itself, of any length."""
+        """Frames u8[B, T, H, W, 3] (or f32, normalised), or the tower's features of them f[B, T, P, D], computed before
+        -> f[B, T, D], each frame by itself, of any length."""
         videos, count = frames.shape[:2]
-        pooled = self.vit.pool(self.vit(frames.reshape(videos * count, *frames.shape[2:])))
-        return pooled.reshape(videos, count, -1)
+        flat = frames.reshape(videos * count, *frames.shape[2:])
+        features = self.vit(flat) if frames.ndim == 5 else flat.astype(self.compute.dtype)
+        return self.vit.pool(features).reshape(videos, count, -1)
 
     def pool(self, frames: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Frames' vectors f[B, T, D] and which are there bool[B, T] -> f32[B, D] of length 1; zero where none is."""
@@ -133,7 +135,7 @@ class Retriever(nnx.Module):
         return _unit(x.sum(1) / jnp.maximum(mask.sum(1), 1)[:, None])
 
     def embed_video(self, frames: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """u8[B, T, H, W, 3] pixels (or normalised f32), bool[B, T] -> f32[B, D] of length 1."""
+        """Frames as `embed_frames` takes them, bool[B, T] -> f32[B, D] of length 1."""
         return self.pool(self.embed_frames(frames), mask)
 
     def logits(self, texts: jax.Array, videos: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from configs import interllava_7b
 from ivcr_jax import bundle
 from ivcr_jax.convert.convert import back, forward
 from ivcr_jax.convert.files import open_weights
-from ivcr_jax.sharding import make_mesh
+from ivcr_jax.sharding import MeshConfig, make_mesh
 from tests.convert import made_up
 from tests.convert.made_up import Sizes
 
@@ -231,7 +231,7 @@ def test_a_mesh_writes_the_same_values_a_shard_a_chunk(folder, files, tmp_path):
     flags = ["--config=configs/interllava_7b.py", *SMALL.overrides, "--mesh=1,4,2", f"--out={tmp_path / 'model'}"]
     done = command(*given, *flags)
     assert done.returncode == 0, done.stderr
-    mesh = make_mesh(1, 2, 4)
+    mesh = make_mesh(MeshConfig(1, 2, 4))
     one = bundle.parameters(bundle.load(folder[0]).model)
     many = bundle.parameters(bundle.load(tmp_path / "model", mesh=mesh).model)
     assert many["llama.layers.up.kernel"][...].sharding.spec == jax.P(None, "fsdp", "tensor")

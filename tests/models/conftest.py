@@ -184,7 +184,7 @@ class World:
     def batch(self, rows=ROWS, pack=PACK, **encoding):
         """The rows' dialogues as the data pipeline writes them, as jax arrays."""
         config = dataclasses.replace(pack, encoding=dataclasses.replace(pack.encoding, **encoding))
-        batch = packing.empty_batch(len(rows), config, self.videos, self.tokenizer)
+        batch = packing.empty_batch(len(rows), config, packing.BatchShape.of(self.videos, self.tokenizer, config))
         with pytest.MonkeyPatch.context() as patch:
             # The order of candidates and the answers are ours.
             patch.setattr(packing, "show", lambda dialogue, *_, **__: dialogue)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import interllava_7b, retriever, tiny
+from configs import hardware, interllava_7b, retriever, tiny
 from ivcr_jax.bundle import BundleConfig
 from ivcr_jax.config import from_dict, to_dict
 from ivcr_jax.data.prompt import PromptStyle
@@ -25,6 +25,7 @@ from ivcr_jax.models.qformer import QFormer
 from ivcr_jax.models.retriever import Retriever, RetrieverConfig, TextConfig, TextTower
 from ivcr_jax.models.video_encoder import VideoEncoder, VideoEncoderConfig
 from ivcr_jax.models.vit import ViT, ViTConfig
+from ivcr_jax.training import read_config
 from tests.models.conftest import F32, QFORMER, VIDEO_QFORMER, VIT, fill, operations
 
 # Sizes
@@ -58,6 +59,11 @@ PRESETS = {
     "configs/interllava_7b.py": lambda: interllava_7b.get_config(),
     "configs/interllava_7b.py:published": lambda: interllava_7b.get_config("published"),
     "configs/tiny.py": tiny.get_config,
+    **{
+        f"configs/interllava_7b.py:{chip}:{key}": functools.partial(interllava_7b.get_config, f"{chip}:{key}")
+        for chip, settings in hardware.CHIPS.items()
+        for key in settings
+    },
     "configs/retriever.py": retriever.get_config,
     "configs/retriever.py:tiny": lambda: retriever.get_config("tiny"),
 }
@@ -66,10 +72,11 @@ PRESETS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_and_come_back_from_json(name):
     values = PRESETS[name]()
-    config = BundleConfig.from_values(values.to_dict())
+    whole = read_config(values)
+    config = whole.bundle
+    assert BundleConfig.from_values(values.to_dict()) == config
     assert BundleConfig.from_json(config.to_json()) == config
-    assert BundleConfig.from_json(values.to_json()) == config
-    assert to_dict(config) == values.to_dict()
+    assert to_dict(whole) == values.to_dict()
     assert config.model is not None or config.retriever is not None
     for made in (
         config.model and nnx.eval_shape(lambda: InterLLaVA(config.model, nnx.Rngs(0))),
@@ -78,7 +85,7 @@ def test_presets_build_and_come_back_from_json(name):
         if made is not None:
             axes = [(v.get_metadata("axes"), v.shape) for v in jax.tree.leaves(nnx.state(made), is_leaf=is_variable)]
             assert all(len(names) in (len(shape), len(shape) - 1) for names, shape in axes)
-    assert len(list(leaves(config))) < 150
+    assert len(list(leaves(whole))) < 150
 
 
 def is_variable(leaf):
@@ -94,10 +101,13 @@ def test_presets_are_what_they_say():
     assert config.model == InterLLaVAConfig(llama_ids_for_qformer=True) and config.style == PromptStyle()
     small = BundleConfig.from_values(tiny.get_config().to_dict())
     made = nnx.eval_shape(lambda: InterLLaVA(small.model, nnx.Rngs(0)))
-    assert 1.6e6 < count_parameters(made) < 1.9e6
-    for module in (interllava_7b, retriever):
-        with pytest.raises(ValueError, match=f"{module.__name__.split('.')[-1]}.py:other; expected nothing or"):
-            module.get_config("other")
+    assert 1.1e6 < count_parameters(made) < 1.4e6
+    with pytest.raises(ValueError, match="retriever.py:other; expected nothing or :tiny"):
+        retriever.get_config("other")
+    with pytest.raises(ValueError, match="no settings for 'v5e:3x3'; expected one of v5e:4x4, v5e:4x4:frames"):
+        interllava_7b.get_config("v5e:3x3")
+    lying = read_config(interllava_7b.get_config("v5e:16x16:2"))
+    assert (lying.mesh.data, lying.mesh.slices, lying.mesh.fsdp, lying.data.batch_size) == (2, 2, 256, 512)
     assert importlib.import_module("configs").__file__.endswith("__init__.py")
 
 

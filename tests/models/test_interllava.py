@@ -387,3 +387,35 @@ def test_a_model_without_sentences_reads_none(world):
     batch = world.batch((((when("c"),),),), dataclasses.replace(world.pack, seq_len=160))
     encoded = nnx.jit(lambda model, batch: model.encode(batch))(model, {**batch, "frame_text": None})
     assert np.isfinite(encoded.tokens).all()
+
+
+def test_videos_one_after_the_other_give_what_all_at_once_do(world):
+    """Values and gradients, with layers recomputed and without; and only a few videos' activations are there."""
+    batch = world.batch(pack=dataclasses.replace(world.pack, video_slots=8))
+
+    def loss(state, definition):
+        encoded = nnx.merge(definition, state).encode(batch)
+        weights = jnp.sin(jnp.arange(encoded.tokens.size)).reshape(encoded.tokens.shape)
+        return (encoded.tokens * weights).sum() + jnp.square(encoded.frames).sum(), encoded.mask
+
+    found = {}
+    for name, compute in {
+        "all": F32,
+        "two": dataclasses.replace(F32, videos_at_once=2),
+        "two, recomputed": dataclasses.replace(F32, videos_at_once=2, remat="full"),
+    }.items():
+        definition, state = nnx.split(world.model(compute))
+        program = jax.value_and_grad(lambda state: loss(state, definition), has_aux=True)  # noqa: B023
+        found[name] = host(jax.jit(program)(state))
+        if name != "all":
+            scans = [each for each in operations(jax.make_jaxpr(program)(state).jaxpr) if each.primitive.name == "scan"]
+            assert any(each.params["length"] == 4 for each in scans)
+    (value, mask), gradients = found.pop("all")
+    for (other, other_mask), other_gradients in found.values():
+        close(other, value, 1e-5)
+        assert (other_mask == mask).all()
+        for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(other_gradients), strict=True):
+            near(theirs, ours, 1e-5)
+    uneven = world.model(dataclasses.replace(F32, videos_at_once=3))
+    with pytest.raises(ValueError, match="videos_at_once is 3; expected a divisor of the 8 videos of a row"):
+        uneven.encode(batch)

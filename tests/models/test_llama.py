@@ -12,7 +12,7 @@ from flax import nnx
 from ivcr_jax.models import attention
 from ivcr_jax.models.layers import REMAT_POLICIES, Compute
 from ivcr_jax.models.llama import Llama, LlamaConfig, RopeScaling, put, rotary
-from ivcr_jax.sharding import make_mesh
+from ivcr_jax.sharding import MeshConfig, make_mesh
 from tests.models.conftest import F32, close, decode_row, host, lively, near, sees
 
 CONFIG = LlamaConfig(vocab_size=40, added_tokens=5, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48)
@@ -447,7 +447,7 @@ def test_splash_is_attention(rows, groups, heads, size, with_blocks):
 def test_splash_is_attention_on_a_mesh(rows):
     q, k, v, segments, blocks = attention_case(rows, 2, 4, 16)
     expected, expected_gradients = attended(q, k, v, segments, blocks, "xla")
-    with jax.set_mesh(make_mesh(2, 2, 2)):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         found, gradients = attended(q, k, v, segments, blocks, "splash")
     close(found, expected, 1e-5)
     for a, b in zip(gradients, expected_gradients, strict=True):

@@ -16,25 +16,25 @@ from ivcr_jax import bundle
 from ivcr_jax.models.heads import ABSENT
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.retriever import Retriever
-from ivcr_jax.sharding import constrain, logical_axes, make_mesh, shardings, spec
+from ivcr_jax.sharding import MeshConfig, constrain, logical_axes, make_mesh, shardings, spec
 from tests.models.conftest import CHAT, F32, close, find, host, operations, when
 
 
 def test_a_mesh_is_of_all_devices():
-    assert dict(make_mesh(2, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(2, -1, 1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(2, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(2, -1, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     for sizes in ((3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, 8, 1)):
         with pytest.raises(ValueError, match="for 8 devices"):
-            make_mesh(*sizes)
+            make_mesh(MeshConfig(*sizes))
 
 
 def test_names_become_mesh_axes():
-    mesh = make_mesh(2, 2, 2)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
     assert spec(("layers", "embed", "mlp"), (3, 4, 6), mesh) == jax.P(None, ("fsdp",), ("tensor",))
     assert spec(("batch", "seq", None), (4, 3, 5), mesh) == jax.P(("data", "fsdp"), None, None)
     assert spec(("embed", "mlp"), (3, 6), mesh) == jax.P(None, ("tensor",)), "an axis that does not divide stays whole"
     assert spec(("batch",), (2,), mesh) == jax.P(None)
-    assert spec(("embed", "mlp"), (4, 6), make_mesh(8, 1, 1)) == jax.P(None, None)
+    assert spec(("embed", "mlp"), (4, 6), make_mesh(MeshConfig(8, 1, 1))) == jax.P(None, None)
     for names, shape, message in (
         (("embed", "batch"), (4, 4), "'embed' and 'batch' both go to mesh axis 'fsdp'"),
         (("mlp", "vocab"), (4, 4), "'mlp' and 'vocab' both go to mesh axis 'tensor'"),
@@ -48,14 +48,14 @@ def test_names_become_mesh_axes():
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((2, 3))
     assert constrain(x, "nonsense", "batch") is x
-    with jax.set_mesh(make_mesh(2, 2, 2)), pytest.raises(ValueError, match="nonsense"):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))), pytest.raises(ValueError, match="nonsense"):
         constrain(x, "nonsense", "batch")
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
 def test_nearly_all_of_the_full_models_is_sharded(sizes):
     config = bundle.BundleConfig.from_values(interllava_7b.get_config().to_dict())
-    mesh = make_mesh(*sizes)
+    mesh = make_mesh(MeshConfig(*sizes))
     for make in (lambda: InterLLaVA(config.model, nnx.Rngs(0)), lambda: Retriever(config.retriever, nnx.Rngs(0))):
         shapes = bundle.parameters(nnx.eval_shape(make))
         whole = held = 0
@@ -114,7 +114,7 @@ def test_activations_are_laid_out_by_rows_and_heads(world, name):
     }
     definition, state = nnx.split(model)
     rows = ("data", "fsdp")
-    with jax.set_mesh(make_mesh(2, 2, 2)):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         program = jax.make_jaxpr(lambda state: calls[name](nnx.merge(definition, state)))(state)
     found = collections.Counter(
         operation.params["sharding"].spec
@@ -133,7 +133,7 @@ def test_activations_are_laid_out_by_rows_and_heads(world, name):
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 8)])
 def test_eight_devices_give_the_numbers_of_one(on_one_device, sizes):
     state, batch, step, ((loss, scores), gradients) = on_one_device
-    mesh = make_mesh(*sizes)
+    mesh = make_mesh(MeshConfig(*sizes))
     lies = shardings(state, mesh)
     placed = jax.tree.map(
         lambda value, where: value.replace(jax.device_put(value.get_value(), where.get_value())),
