@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CODE = ivcr_jax configs tfds_builder tests setup.py
 export TF_CPP_MIN_LOG_LEVEL = 3
 
-.PHONY: install test lint format sample benchmark clean
+.PHONY: install test lint format sample benchmark learning clean
 
 install: $(VENV)/installed
 
@@ -37,6 +37,10 @@ sample: install
 benchmark: install
 	$(BIN)/python -m tests.benchmarks.data
 	$(BIN)/python -m tests.benchmarks.convert --layers=4
+	$(BIN)/python -m tests.benchmarks.scheme
+
+learning: install
+	$(BIN)/python -m tests.benchmarks.learning --out=build/learning
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -28,6 +28,7 @@ RUNTIME = [
     "optax==0.2.8",
     "orbax-checkpoint==0.12.8",
     "sentencepiece==0.2.3",
+    "tensorboardX==2.6.5",
     "tensorflow-datasets==4.9.10",
     "tqdm==4.70.1",
 ]
@@ -43,6 +44,9 @@ EXTRAS = {
     "dev": [
         "dill==0.4.1",  # tfds.testing imports it without declaring it; the version Beam asks for
         "jinja2==3.1.6",
+        # The compiler for TPUs, as jax[tpu] of these versions would bring it. Without a TPU it only compiles.
+        f"libtpu==0.0.42.1; {PY311}",
+        f"libtpu==0.0.50.1; {PY312}",
         "mypy==2.4.1",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",

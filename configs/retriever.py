@@ -1,38 +1,43 @@
-"""The first stage. `configs/retriever.py`: SigLIP2-B/16 at 224 pixels, multilingual; `:tiny`: for a CPU."""
+"""The first stage. `configs/retriever.py`: SigLIP2-B/16 at 224 pixels, multilingual; `:tiny`: for a CPU.
+
+    python -m ivcr_jax.train --config=configs/retriever.py --workdir=RUN --config.init=SIGLIP \\
+      --config.data.dialogues=DATA/ivcr200k --config.data.videos=DATA/ivcr200k_videos
+"""
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
-from ivcr_jax.bundle import BundleConfig
+from configs import tiny
+from ivcr_jax.checkpoint import CheckpointConfig
 from ivcr_jax.config import to_dict
 from ivcr_jax.data.prompt import PromptStyle
-from ivcr_jax.models.retriever import RetrieverConfig, TextConfig
-from ivcr_jax.models.vit import ViTConfig
+from ivcr_jax.losses import LossConfig
+from ivcr_jax.models.layers import Compute
+from ivcr_jax.models.retriever import RetrieverConfig
+from ivcr_jax.optim import OptimConfig
+from ivcr_jax.training import DataConfig, TrainConfig
 
-TINY = RetrieverConfig(
-    vit=ViTConfig(
-        image_size=48,
-        patch_size=8,
-        width=96,
-        layers=2,
-        heads=4,
-        mlp_width=192,
-        activation="gelu_tanh",
-        cls_token=False,
-        key_bias=True,
-        final_norm=True,
-        map_head=True,
-        pixel_mean=(0.5, 0.5, 0.5),
-        pixel_std=(0.5, 0.5, 0.5),
-    ),
-    text=TextConfig(vocab_size=1200, max_tokens=48, width=96, layers=2, heads=4, mlp_width=192),
-    frame_layers=2,
-    max_frames=12,
-)
+CONTRASTIVE = LossConfig(lm=0, rank=0, moment=0, moment_l1=0, moment_iou=0, contrastive=1)
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Model sizes; `arg` is "" or "tiny"."""
-    if arg not in ("", "tiny"):
+    """The configuration; `arg` is "" or "tiny"."""
+    if arg == "tiny":
+        config = dataclasses.replace(tiny.config(), model=None, losses=CONTRASTIVE)
+    elif arg:
         raise ValueError(f"configs/retriever.py:{arg}; expected nothing or :tiny after the colon")
-    retriever = TINY if arg else RetrieverConfig()
-    return ConfigDict(to_dict(BundleConfig(model=None, retriever=retriever, style=PromptStyle())))
+    else:
+        config = TrainConfig(
+            model=None,
+            retriever=RetrieverConfig(),
+            style=PromptStyle(),
+            compute=Compute(remat="full"),
+            data=DataConfig(video_slots=48, frames=16, batch_size=64),
+            losses=CONTRASTIVE,
+            # The text tower and the pooling head; the image tower itself is what SigLIP2 made it.
+            optim=OptimConfig(rules=((r"retriever\.vit\.(?!head).*", 0.0), (".*", 1.0)), peak_lr=1e-4, warmup=0.05),
+            checkpoint=CheckpointConfig(best="retrieval_r10", higher=True),
+            steps=10_000,
+        )
+    return ConfigDict(to_dict(config))

@@ -1,31 +1,101 @@
-"""A whole dialogue model of 1.7 million parameters, for a CPU: 48-pixel frames, 12 of them a video."""
+"""A whole dialogue model and its first stage, 2 million parameters, for a CPU: 48-pixel frames, 12 of them a video.
+
+    python -m ivcr_jax.train --config=configs/tiny.py --workdir=RUN --config.init=INIT \\
+      --config.data.dialogues=DATA/ivcr200k --config.data.videos=FEATURES
+
+with INIT from `ivcr_jax.pretrain` and FEATURES from `ivcr_jax.encode` (docs/training.md).
+"""
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
-from ivcr_jax.bundle import BundleConfig
+from ivcr_jax.checkpoint import CheckpointConfig
 from ivcr_jax.config import to_dict
 from ivcr_jax.data.prompt import PromptStyle
+from ivcr_jax.losses import LossConfig
 from ivcr_jax.models.heads import MomentHeadConfig, RankHeadConfig
 from ivcr_jax.models.interllava import InterLLaVAConfig
+from ivcr_jax.models.layers import Compute
 from ivcr_jax.models.llama import LlamaConfig
 from ivcr_jax.models.lora import LoraConfig
 from ivcr_jax.models.qformer import QFormerConfig
+from ivcr_jax.models.retriever import RetrieverConfig, TextConfig
 from ivcr_jax.models.video_encoder import VideoEncoderConfig
 from ivcr_jax.models.vit import ViTConfig
+from ivcr_jax.optim import OptimConfig
+from ivcr_jax.sharding import MeshConfig
+from ivcr_jax.training import DataConfig, EvalConfig, TrainConfig
+
+# One tower for both models: features computed once serve both.
+VIT = ViTConfig(
+    image_size=48,
+    patch_size=12,
+    width=96,
+    layers=2,
+    heads=4,
+    mlp_width=384,
+    activation="gelu_tanh",
+    cls_token=False,
+    key_bias=True,
+    final_norm=True,
+    pixel_mean=(0.37, 0.37, 0.37),  # of the synthetic videos
+    pixel_std=(0.2, 0.2, 0.2),
+)
+VOCAB = 1200
 
 
-def get_config() -> ConfigDict:
-    """Model sizes."""
+def config() -> TrainConfig:
+    """The configuration, typed."""
     model = InterLLaVAConfig(
-        vit=ViTConfig(image_size=48, patch_size=8, width=96, layers=2, heads=4, mlp_width=192),
-        qformer=QFormerConfig(queries=4, width=96, layers=2, heads=4, mlp_width=192, max_text=32),
+        vit=VIT,
+        qformer=QFormerConfig(queries=4, width=96, layers=2, heads=4, mlp_width=192, vocab_size=0, max_text=0),
         video_qformer=QFormerConfig(
             queries=4, width=96, layers=1, heads=4, mlp_width=192, cross_every=1, vocab_size=0, max_text=0
         ),
         video=VideoEncoderConfig(max_frames=12, window=6, stride=6),
-        llama=LlamaConfig(vocab_size=1200, width=128, layers=4, heads=4, kv_heads=2, mlp_width=256),
+        llama=LlamaConfig(vocab_size=VOCAB, width=96, layers=3, heads=4, kv_heads=4, mlp_width=192),
         lora=LoraConfig(rank=0),  # trained whole: there is nothing to adapt
         rank=RankHeadConfig(width=64, heads=4),
         moment=MomentHeadConfig(width=64, layers=2, heads=4),
     )
-    return ConfigDict(to_dict(BundleConfig(model, retriever=None, style=PromptStyle())))
+    retriever = RetrieverConfig(
+        vit=dataclasses.replace(VIT, map_head=True),
+        text=TextConfig(vocab_size=VOCAB, max_tokens=64, width=96, layers=2, heads=4, mlp_width=192),
+        frame_layers=2,
+        max_frames=12,
+    )
+    return TrainConfig(
+        model=model,
+        retriever=retriever,
+        style=PromptStyle(frame_times=False),
+        compute=Compute(dtype="float32"),
+        mesh=MeshConfig(data=-1, fsdp=1),
+        data=DataConfig(
+            seq_len=512,
+            video_slots=12,
+            max_turns=4,
+            frames=12,
+            batch_size=16,
+            keep_chat=False,
+            threads=2,
+        ),
+        losses=LossConfig(contrastive=1.0),
+        optim=OptimConfig(
+            rules=((r".*\.vit\.(?!head).*", 0.0), (".*", 1.0)),  # towers stay as pretraining left them
+            peak_lr=1.2e-3,
+            initial_lr=1e-5,
+            final_lr=4e-5,
+            warmup=0.05,
+            b2=0.98,
+            weight_decay=0.02,
+        ),
+        eval=EvalConfig(every=200, batches=16),
+        checkpoint=CheckpointConfig(every=200),
+        steps=1000,
+    )
+
+
+def get_config() -> ConfigDict:
+    """The configuration."""
+    return ConfigDict(to_dict(config()))

@@ -1,0 +1,190 @@
+"""What the tiny models learn of the synthetic source in minutes, on held-out videos.
+
+    python -m tests.benchmarks.learning --out=DIR [--seeds=0,1] [--videos=3000] [--override=config.steps=500 ...]
+
+Makes a source (once), pretrains the tower, computes its features, trains both models, and measures on the test split:
+videos never seen, half of them of families built on combinations of colour, shape and motion that training never
+shows. Candidates come in two kinds: five of a family (the truth, and four that differ from it in one attribute each)
+with five others; and ten at random. The untrained models' figures stand beside.
+"""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from ivcr_jax import train, validation
+from ivcr_jax.checkpoint import Checkpoints
+from ivcr_jax.data import compose, synth
+from ivcr_jax.data.dialogue import LANGUAGES
+from ivcr_jax.sharding import make_mesh
+from ivcr_jax.training import Program, TrainConfig, read_config
+from tfds_builder.build import build
+
+POOL = 200  # videos among which the first stage looks
+SOURCE_SEED = 0
+EVALUATION = 6000  # interactions composed for the test of random candidates; the test split's share is used
+
+
+def make_source(out: pathlib.Path, videos: int, interactions: int) -> None:
+    """The videos, their stored frames, dialogues with near misses, and dialogues with random candidates."""
+    source = out / "source"
+    synth.generate(source, videos=videos, interactions=interactions, seed=SOURCE_SEED)
+    if not (out / "data" / "ivcr200k").exists():
+        build("ivcr200k", manual_dir=source, data_dir=out / "data")
+    if not (out / "data" / "ivcr200k_videos").exists():
+        build("ivcr200k_videos", manual_dir=source, data_dir=out / "data", frames=24, size=48)
+    if not (out / "random" / "ivcr200k").exists():
+        made = synth.invent(videos, seed=SOURCE_SEED, size=(48, 48), fps=8, seconds=12.0)
+        clips = [dataclasses.replace(clip, near=(), similar=()) for clip in synth.clips_of(list(made))]
+        (out / "random" / "source").mkdir(parents=True, exist_ok=True)
+        dialogues = compose.compose(clips, seed=SOURCE_SEED + 1, num_interactions=EVALUATION, name="random")
+        compose.write_json(out / "random" / "source" / "IVCR-200K.json", dialogues)
+        build("ivcr200k", manual_dir=out / "random" / "source", data_dir=out / "random")
+
+
+def run(*command: str) -> float:
+    """Runs a module of the project; seconds it took."""
+    started = time.monotonic()
+    print("+ python -m", *command, flush=True)
+    subprocess.run([sys.executable, "-m", *command], check=True)
+    return time.monotonic() - started
+
+
+def measure(config: TrainConfig, workdir: pathlib.Path, out: pathlib.Path, trained: bool) -> dict[str, float]:
+    """Figures on the test split, of the newest checkpoint or of the models before training."""
+    program = Program(config, make_mesh(config.mesh))
+    checkpoints = Checkpoints(workdir if trained else workdir / "none", config.checkpoint)
+    state, frozen, *_ = train.start(config, workdir, program, checkpoints)
+    tokenizers = train.read_tokenizers(config, workdir)
+    figures: dict[str, float] = {}
+    for name, folder in (("near", out / "data" / "ivcr200k"), ("random", out / "random" / "ivcr200k")):
+        here = dataclasses.replace(config, data=dataclasses.replace(config.data, dialogues=str(folder)))
+        stream = train.pipeline(here, tokenizers, program.mesh, "test", workdir)
+        collected = validation.Validation(config.losses)
+        with jax.set_mesh(program.mesh):
+            for batch in stream:
+                found = program.validation_step(state.params, frozen, train.place(batch, program.mesh, config))
+                collected.add(jax.device_get(found))
+        metrics = collected.metrics()
+        kept = ("rank_r1", "ranked_turns") if name == "random" else ("rank_r1", "moment_r1_iou_0.5", "moment_miou")
+        figures |= {f"{name}_{key}": value for key, value in metrics.items() if key.startswith(kept)}
+        if name == "near":
+            figures |= {key: metrics[key] for key in ("ranked_turns", "moments", "queries")}
+            figures |= pooled(collected)
+    return figures
+
+
+def pooled(collected: validation.Validation) -> dict[str, float]:
+    """R@10 of queries among POOL videos: those of the test split in order, cut into pools; families stay together."""
+    pool = {number: place // POOL for place, number in enumerate(sorted(collected.videos))}
+    hits: list[tuple[int, float]] = []
+    whole = {index for index in set(pool.values()) if list(pool.values()).count(index) == POOL}
+    for index in sorted(whole):
+        numbers = [number for number in pool if pool[number] == index]
+        vectors = np.stack([collected.videos[number] for number in numbers])
+        for language, number, text in collected.queries:
+            if number in pool and pool[number] == index:
+                scores = vectors @ text
+                hits.append((language, float((scores >= scores[numbers.index(number)]).sum() <= 10)))
+    return validation.by_language(f"retrieval_r10_of_{POOL}", hits) | {"pooled_queries": float(len(hits))}
+
+
+def gap(figures: dict[str, float], name: str, count: float) -> str:
+    """English minus Chinese with its 95 % interval, in points."""
+    both = [figures[f"{name}_{language}"] for language in LANGUAGES]
+    spread = 1.96 * sum(share * (1 - share) / (count / 2) for share in both) ** 0.5
+    return f"{100 * (both[0] - both[1]):+.1f} ± {100 * spread:.1f}"
+
+
+SHOWN = (
+    (f"retrieval_r10_of_{POOL}", "pooled_queries"),
+    ("near_moment_r1_iou_0.5", "moments"),
+    ("random_rank_r1", "random_ranked_turns"),
+    ("near_rank_r1", "ranked_turns"),
+)
+
+
+def main(_: list[str]) -> None:
+    """Runs every stage that is not done, for every seed."""
+    args = flags.FLAGS
+    out = pathlib.Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    make_source(out, args.videos, args.interactions)
+    results = {}
+    for seed in args.seeds:
+        mine = out / args.name / f"seed{seed}"
+        seconds = {}
+        videos, dialogues = out / "data" / "ivcr200k_videos", out / "data" / "ivcr200k"
+        init, features, workdir = out / f"init{seed}", out / f"features{seed}", mine / "run"
+        if not init.exists():
+            seconds["pretrain"] = run(
+                "ivcr_jax.pretrain",
+                f"--config={args.file}",
+                f"--source={out / 'source'}",
+                f"--dialogues={dialogues}",
+                f"--videos={videos}",
+                f"--out={init}",
+                f"--seed={seed}",
+            )
+        if not features.exists():
+            seconds["encode"] = run(
+                "ivcr_jax.encode",
+                f"--model={init}",
+                "--tower=model",
+                f"--videos={videos}",
+                f"--out={features}",
+                "--dtype=float32",
+            )
+        given = {"seed": seed, "init": str(init), "data.dialogues": str(dialogues), "data.videos": str(features)}
+        values = args.config.copy_and_resolve_references()
+        values.update_from_flattened_dict(given)
+        seconds["train"] = run(
+            "ivcr_jax.train",
+            f"--config={args.file}",
+            f"--workdir={workdir}",
+            *[f"--config.{name}={value}" for name, value in given.items()],
+            *[argument for argument in args.override],
+        )
+        config = read_config(values)
+        results[seed] = {
+            "seconds": seconds,
+            "untrained": measure(config, mine, out, trained=False),
+            "trained": measure(config, workdir, out, trained=True),
+        }
+        print(json.dumps(results[seed]), flush=True)
+    table(results)
+    machine = f"{platform.machine()}, {jax.device_count()} device"
+    print(json.dumps({"machine": machine, **{f"seed{seed}": result for seed, result in results.items()}}))
+
+
+def table(results: dict[int, dict]) -> None:
+    """For the terminal."""
+    print(f"\n{'':28}{'seed':>5}{'untrained':>11}{'trained':>9}{'en':>7}{'zh':>7}  en - zh, points (95 %)     n")
+    for name, count in SHOWN:
+        for seed, result in results.items():
+            before, after = result["untrained"], result["trained"]
+            print(
+                f"{name:28}{seed:>5}{before[name]:>11.3f}{after[name]:>9.3f}{after[name + '_en']:>7.3f}"
+                f"{after[name + '_zh']:>7.3f}  {gap(after, name, after[count]):>22}{after[count]:>8.0f}"
+            )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "Where everything is kept.", required=True)
+    flags.DEFINE_string("file", "configs/tiny.py", "The configuration's file, as the training command takes it.")
+    flags.DEFINE_string("name", "plain", "Of this recipe's runs.")
+    flags.DEFINE_list("seeds", ["0", "1"], "Seeds of pretraining and training.")
+    flags.DEFINE_integer("videos", 3000, "Of the source.")
+    flags.DEFINE_integer("interactions", 20000, "Of the source.")
+    flags.DEFINE_multi_string("override", [], "--config.field=value, handed on to the training command.")
+    config_flags.DEFINE_config_file("config", "configs/tiny.py", "The same file.")
+    app.run(main)

@@ -1,0 +1,135 @@
+"""Full-size programs for TPUs that are not there: where every parameter lies, whether a step fits, what it sends."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from configs import hardware, interllava_7b, retriever
+from ivcr_jax.sharding import MESH_AXES, logical_axes, spec
+from ivcr_jax.training import System, read_config
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "shardings.json"
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def lie(config, sizes):
+    """Of each parameter of a configuration on a mesh of these sizes: its shape, and what divides each axis."""
+    mesh = AbstractMesh(sizes, MESH_AXES)
+    state = nnx.state(nnx.eval_shape(lambda: System(config, nnx.Rngs(0))), nnx.Param)
+
+    def words(variable):
+        parts = spec(logical_axes(variable), variable.shape, mesh)
+        names = [part if isinstance(part, str) else "+".join(part or "-") for part in parts]
+        return f"{'x'.join(map(str, variable.shape))} {' '.join(names)}"
+
+    return {".".join(map(str, path)): words(value) for path, value in nnx.to_flat_state(state)}
+
+
+def test_every_parameter_of_the_full_models_lies_where_it_did():
+    """Anew: python -m tests.test_aot, and look at what changed."""
+    assert golden() == json.loads(GOLDEN.read_text())
+
+
+def golden():
+    configs = {"interllava_7b": interllava_7b.get_config(), "retriever": retriever.get_config()}
+    return {
+        name: {"2x16x1": lie(read_config(values), (2, 16, 1)), "1x8x4": lie(read_config(values), (1, 8, 4))}
+        for name, values in configs.items()
+    }
+
+
+def aot(*arguments, timeout=900):
+    """Runs the command; (exit status, the object of its last line, what it wrote to stderr)."""
+    run = subprocess.run(
+        [sys.executable, "-m", "ivcr_jax.aot", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    lines = run.stdout.strip().splitlines()
+    return run.returncode, json.loads(lines[-1]) if lines else None, run.stderr
+
+
+# One scanned layer's largest parameter at full size, in bytes: the decoder's MLP, bf16. What is gathered outside of the
+# scans over layers may be tables of words and single matrices, never a stack.
+LARGEST_MATRIX = 32_000 * 4096 * 2
+
+
+def check(found, slices=1):
+    train = found["train"]
+    assert train["fits"] and train["free_share"] >= 0.1, train
+    assert train["collectives"]["outside_scans"]["bytes"] <= LARGEST_MATRIX, train["collectives"]
+    assert found["slices"] == slices
+
+
+@pytest.mark.aot
+def test_the_full_model_trains_on_sixteen_small_chips():
+    status, found, _ = aot("--config=configs/interllava_7b.py:v5e:4x4", "--topology=v5e:4x4")
+    assert status == 0 and found["fits"], found
+    check(found)
+    assert found["decode"]["fits"] and found["decode"]["free_share"] >= 0.1
+    assert found["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1} and found["devices"] == 16
+
+
+@pytest.mark.aot
+def test_what_is_too_big_is_refused():
+    status, found, _ = aot(
+        "--config=configs/interllava_7b.py:v5e:4x4",
+        "--topology=v5e:4x4",
+        "--nodecode",
+        "--config.data.batch_size=256",
+        "--config.compute.videos_at_once=0",
+    )
+    assert status == 1 and not found["fits"] and not found["train"]["fits"]
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [f"{chip}:{key}" for chip, settings in hardware.CHIPS.items() for key in settings if (chip, key) != ("v5e", "4x4")],
+)
+def test_the_full_model_trains_on_every_topology_that_has_settings(name):
+    chip, shape, *rest = name.split(":")
+    slices = next((int(part) for part in rest if part.isdigit()), 1)
+    kind = "frames" if "frames" in rest else "features"
+    status, found, _ = aot(
+        f"--config=configs/interllava_7b.py:{name}",
+        f"--topology={chip}:{shape}",
+        f"--num_slices={slices}",
+        f"--input={kind}",
+        "--nodecode",
+    )
+    assert status == 0, found
+    check(found, slices)
+
+
+@pytest.mark.aot
+def test_bad_input_is_one_sentence():
+    for arguments, sentence in (
+        (
+            ("--config=configs/interllava_7b.py:v5e:4x4", "--topology=v9z:4x4"),
+            "aot: topology is 'v9z:4x4'; expected a chip of",
+        ),
+        (
+            ("--config=configs/interllava_7b.py:v5e:16x16", "--topology=v5e:4x4"),
+            "aot: a mesh of {'data': 1, 'fsdp': 256",
+        ),
+    ):
+        status, _, stderr = aot(*arguments)
+        assert status == 1 and sentence in stderr and "Traceback" not in stderr
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n")
