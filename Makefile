@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 CODE = ivcr_jax configs tfds_builder tests setup.py
 export TF_CPP_MIN_LOG_LEVEL = 3
 
-.PHONY: install test lint format sample benchmark learning clean
+.PHONY: install test test-full lint format sample benchmark learning clean
 
 install: $(VENV)/installed
 
@@ -17,7 +17,10 @@ $(VENV)/installed: setup.py
 	touch $@
 
 test: install lint
-	$(BIN)/python -m pytest -n 2 --durations=10
+	$(BIN)/python -m pytest -n 2 --durations=10 -m "not full"
+
+test-full: install
+	$(BIN)/python -m pytest --durations=10 -m full
 
 lint: install
 	$(BIN)/ruff format --check $(CODE)

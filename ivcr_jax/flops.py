@@ -111,13 +111,15 @@ def _parts(config: TrainConfig, frame_text: int, features: bool) -> list[list[_P
     if config.retriever is not None and config.losses.contrastive:
         r, vit = config.retriever, config.retriever.vit
         t, w = r.text, vit.width
-        pool = frames * (2 * vit.patches * 2 * w**2 + 2 * 2 * w**2 + 2 * 2 * w * vit.mlp_width) * vit.map_head
+        pool_patches = frames * vit.patches * 2 * 2 * w**2 * vit.map_head  # their keys and values
+        pool = frames * 2 * (2 * w**2 + 2 * w * vit.mlp_width) * vit.map_head
         pool_scores = frames * 4 * vit.patches * w * vit.map_head
         layers, layer_scores = _transformer(frames, data.frames, w, vit.mlp_width, r.frame_layers)
         tower, tower_scores = _transformer(turns * t.max_tokens, t.max_tokens, t.width, t.mlp_width, t.layers)
         found += [
             [
                 *_vit(r"retriever\.vit", vit, 0 if features else frames),
+                _Part(r"retriever\.vit\.head\..*", pool_patches, shallow=True),
                 _Part(r"retriever\.(vit\.head\.|frame_).*", pool + layers, pool_scores + layer_scores),
             ],
             [_Part(r"retriever\.text\..*", tower + turns * 2 * t.width * w, tower_scores)],

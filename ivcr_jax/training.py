@@ -297,7 +297,7 @@ class Program:
             (loss, means), gradients = differentiate(state.params, batch, key)
         else:
             (loss, means), gradients = self._accumulated(differentiate, state.params, batch, key)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer = self._tx.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -309,7 +309,7 @@ class Program:
             "loss": loss,
             **means,
             "gradient_norm": norm,
-            "parameter_norm": optax.global_norm(params),
+            "parameter_norm": optax.tree.norm(params),
             "learning_rate": self._rate(state.step - state.skipped[1]),  # the optimiser counts what it did
             "skipped_in_a_row": skipped[0].astype(jnp.float32),
             "skipped": skipped[1].astype(jnp.float32),

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from configs import hardware, interllava_7b, retriever
+from ivcr_jax.aot import collectives
 from ivcr_jax.sharding import MESH_AXES, logical_axes, spec
 from ivcr_jax.training import System, read_config
 
@@ -45,7 +46,7 @@ def golden():
     }
 
 
-def aot(*arguments, timeout=900):
+def aot(*arguments, timeout=3600):
     """Runs the command; (exit status, the object of its last line, what it wrote to stderr)."""
     run = subprocess.run(
         [sys.executable, "-m", "ivcr_jax.aot", *arguments],
@@ -71,7 +72,56 @@ def check(found, slices=1):
     assert found["slices"] == slices
 
 
+HLO = """HloModule made_up
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %g = bf16[8,4]{1,0} all-gather(bf16[2,4]{1,0} %x), dimensions={0}
+  %s = (f32[2]{0}, f32[8]{0}) all-gather-start(f32[2]{0} %y), dimensions={0}
+  %d = f32[8]{0} all-gather-done((f32[2]{0}, f32[8]{0}) %s)
+}
+
+%cond (p: (s32[], bf16[8,4])) -> pred[] {
+  %c = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[3]) -> f32[3] {
+  %w = (s32[], bf16[8,4]) while((s32[], bf16[8,4]) %t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %r = f32[3]{0} all-reduce(f32[3]{0} %a), to_apply=%add
+  ROOT %o = f32[16]{0} all-gather(f32[4]{0} %b), dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    found = collectives(HLO)
+    assert found["all-gather"] == {"count": 5 * 2 + 1, "bytes": 5 * (8 * 4 * 2 + 8 * 4) + 16 * 4}
+    assert found["all-reduce"] == {"count": 1, "bytes": 12}
+    assert found["all-to-all"] == {"count": 0, "bytes": 0}
+    assert found["outside_scans"] == {"bytes": 64, "shape": "f32[16]"}
+
+
+SMALL = ("--config=configs/tiny.py", "--config.compute.attention=xla", "--config.losses.contrastive=0.0")
+
+
 @pytest.mark.aot
+@pytest.mark.slow
+def test_a_small_model_trains_and_decodes_on_four_chips():
+    lie = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.compute.dtype=bfloat16")
+    status, found, _ = aot(*SMALL, *lie, "--topology=v5e:2x2")
+    assert status == 0 and found["fits"], found
+    assert found["devices"] == 4 and found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert found["flops_a_step"] == 4 * found["flops_a_step_and_chip"]
+    for step in (found["train"], found["decode"]):
+        assert 0 < step["bytes"]["all"] == sum(step["bytes"][kind] for kind in step["bytes"] if kind != "all")
+        assert step["free_share"] > 0.9
+    sent = found["train"]["collectives"]
+    # Every layer's parameters are gathered, and the gradients of the two copies are summed.
+    assert sent["all-gather"]["count"] > 0 and sent["all-gather"]["bytes"] > 0
+    assert sent["all-reduce"]["count"] + sent["reduce-scatter"]["count"] > 0
+
+
+@pytest.mark.aot
+@pytest.mark.full
 def test_the_full_model_trains_on_sixteen_small_chips():
     status, found, _ = aot("--config=configs/interllava_7b.py:v5e:4x4", "--topology=v5e:4x4")
     assert status == 0 and found["fits"], found
@@ -81,6 +131,7 @@ def test_the_full_model_trains_on_sixteen_small_chips():
 
 
 @pytest.mark.aot
+@pytest.mark.full
 def test_what_is_too_big_is_refused():
     status, found, _ = aot(
         "--config=configs/interllava_7b.py:v5e:4x4",
@@ -93,7 +144,7 @@ def test_what_is_too_big_is_refused():
 
 
 @pytest.mark.aot
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [f"{chip}:{key}" for chip, settings in hardware.CHIPS.items() for key in settings if (chip, key) != ("v5e", "4x4")],

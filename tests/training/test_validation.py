@@ -19,7 +19,10 @@ def answers():
     spans = np.sort(rng.uniform(0, 20, (ROWS, TURNS, 2, 2)), -1).astype(np.float32)
     spans[kind == 0] = 0
     places = np.array([[1, 0], [0, 1], [-1, 0]], np.float32)
-    vectors = np.concatenate([places, places, rng.standard_normal((VIDEOS - 6, WIDTH)).astype(np.float32)])
+    angles = rng.uniform(0, 6, VIDEOS - 6)
+    vectors = np.concatenate([places, places, np.stack([np.cos(angles), np.sin(angles)], -1)]).astype(np.float32)
+    asked = rng.integers(0, VIDEOS, (ROWS, TURNS))
+    near = np.where(rng.random((ROWS, TURNS)) < 0.5, asked, rng.integers(0, VIDEOS, (ROWS, TURNS)))
     numbers = np.stack([rng.permutation(VIDEOS)[:SLOTS] for _ in range(ROWS)])
     numbers[rng.random(numbers.shape) < 0.2] = -1
     names = ("lm", "rank", "moment", "moment_l1", "moment_iou", "contrastive")
@@ -32,8 +35,8 @@ def answers():
         "spans": spans[:, :, 0],
         "moment_spans": spans[:, :, 1],
         "turn_languages": rng.integers(0, 2, (ROWS, TURNS)),
-        "turn_videos": np.where(kind > 0, rng.integers(0, VIDEOS, (ROWS, TURNS)), -1),
-        "texts": vectors[rng.integers(0, VIDEOS, (ROWS, TURNS))],
+        "turn_videos": np.where(kind > 0, asked, -1),
+        "texts": vectors[near],
         "videos": vectors[numbers],
         "video_numbers": numbers,
     }
