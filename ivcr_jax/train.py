@@ -310,6 +310,20 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags as absl does, and says in a sentence what ml_collections leaves with a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        name = str(error).strip("'\"")
+        given = [arg for arg in argv if arg.startswith("--config.") and name in arg]
+        if not given:
+            raise
+        sys.exit(f"train: {given[0]}: the configuration has no {name!r}")
+    except OSError as error:
+        sys.exit(f"train: --config: {' '.join(str(error).split())}")
+
+
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     if len(argv) > 1:
@@ -329,4 +343,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
     flags.mark_flag_as_required("config")
     distributed.define_flags()
-    app.run(main)
+    app.run(main, flags_parser=parse)

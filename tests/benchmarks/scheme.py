@@ -67,8 +67,8 @@ AGAIN = 3  # candidates of a later list that were shown before
 # Dialogues of so many turns in IVCR-200K, in thousands, read off the paper's figure 4.
 PUBLISHED_TURNS = {1: 37.0, 2: 31.0, 3: 20.5, 4: 11.7, 5: 6.0, 6: 5.5, 7: 1.3}
 
-# In the published proportions: four fifths of our step's work is the ViT's (published 83 %), the decoder reads more visual
-# positions than text at a mention, its heads are few and wide. The time sentences go into the image Q-Former on both sides.
+# In the published proportions: of our step's work the ViT's is four fifths (published 83 %), visual positions are about
+# as many as text, heads of the decoder are few and wide. The image Q-Former reads the time sentences, on both sides.
 CONFIG = InterLLaVAConfig(
     vit=ViTConfig(image_size=112, patch_size=14, width=160, layers=4, heads=4, mlp_width=640),
     qformer=QFormerConfig(queries=8, width=64, layers=2, heads=4, mlp_width=256, cross_every=2, max_text=32),
@@ -202,15 +202,15 @@ class Content:
         """The first turns of each dialogue, in a row of its own, all rows of the shape that the longest needs."""
         cut = [dataclasses.replace(dialogue, turns=dialogue.turns[:turns]) for dialogue in self.dialogues]
         width = CONFIG.video.windows(FRAMES) * CONFIG.video_qformer.queries
-        config = PackConfig(EncodingConfig(layout, width, CANDIDATES, STYLE), 4096, 64, turns, FRAMES)  # type: ignore
-        shape = BatchShape.of(self.videos, self.tokenizer, config)  # type: ignore[arg-type]
+        config = PackConfig(EncodingConfig(layout, width, CANDIDATES, STYLE), 4096, 64, turns, FRAMES)
+        shape = BatchShape.of(self.videos, self.tokenizer, config)
 
         def fill(config: PackConfig) -> list[Row]:
             made = []
             for number, dialogue in enumerate(cut):
                 row = packing.empty_batch(1, config, shape)
                 content = [(number, dialogue)]
-                for work in packing.fill_row(row, 0, content, self.videos, self.tokenizer, config, None):  # type: ignore
+                for work in packing.fill_row(row, 0, content, self.videos, self.tokenizer, config, None):
                     self.videos.decode(*work)
                 made.append(row)
             return made
@@ -393,7 +393,7 @@ def arithmetic(config: InterLLaVAConfig, content: Content, frames: int) -> dict[
     for turns in range(1, len(dialogue.turns) + 1):
         for variant, by_turns in found.items():
             layout = LAYOUTS[variant]
-            style = EncodingConfig(layout, width, CANDIDATES, STYLE)  # type: ignore[arg-type]
+            style = EncodingConfig(layout, width, CANDIDATES, STYLE)
             shown = encoding.show(
                 dataclasses.replace(dialogue, turns=dialogue.turns[:turns]), style, insert_truth=False
             )

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from ivcr_jax.training import DataConfig, EvalConfig, Program, TrainConfig
 from tests.data import sources
 from tfds_builder.build import build
 
+STEPS = 6
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VIT = ViTConfig(image_size=8, patch_size=4, width=16, layers=1, heads=2, mlp_width=24, cls_token=False)
 QFORMER = QFormerConfig(queries=2, width=16, layers=1, heads=2, mlp_width=24, cross_every=1, vocab_size=0, max_text=0)
@@ -65,7 +67,7 @@ class World:
     folder: pathlib.Path
 
     def config(self, **changes):
-        """A run of eight steps on the mesh (2, 2, 2). A change `part={...}` is one of a part."""
+        """A run of STEPS steps on the mesh (2, 2, 2). A change `part={...}` is one of a part."""
         config = TrainConfig(
             model=InterLLaVAConfig(
                 vit=VIT,
@@ -102,7 +104,7 @@ class World:
             eval=EvalConfig(every=0),
             checkpoint=CheckpointConfig(every=2, keep_last=10, keep_best=0),
             log=LogConfig(every=1, tensorboard=False),
-            steps=8,
+            steps=STEPS,
             init=str(self.folder / "init"),
         )
         for name, change in changes.items():
@@ -205,6 +207,28 @@ def run(program, monkeypatch):
     """Trains in this process: (config, workdir)."""
     monkeypatch.setattr(train, "Program", program)
     return train.train
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world, program, tmp_path_factory):
+    """The folder of a run that nothing disturbed: six steps, with a checkpoint at every second."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Program", program)
+        before = signal.getsignal(signal.SIGTERM)
+        train.train(world.config(), workdir)
+        signal.signal(signal.SIGTERM, before)
+    found = told(workdir)
+    assert len(found) == STEPS and all(np.isfinite(row["loss"]) for row in found)
+    assert len({row["loss"] for row in found}) == STEPS and steps_of(workdir) == [2, 4, 6]
+    return workdir
+
+
+def at_step_four(undisturbed, workdir):
+    """A copy of that run whose last checkpoint is of step four."""
+    shutil.copytree(undisturbed, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    return workdir
 
 
 @pytest.fixture(autouse=True)

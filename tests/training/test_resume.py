@@ -9,12 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from ivcr_jax import train
 from ivcr_jax.sharding import MeshConfig
-from tests.training.conftest import finish, start, steps_of, told, wait_for
-
-STEPS = 6
-
+from tests.training.conftest import STEPS, at_step_four, finish, start, steps_of, told, wait_for
 
 LOSSES = ("loss", "lm", "rank", "moment", "moment_l1", "moment_iou", "contrastive")
 
@@ -26,29 +22,9 @@ def near(found, expected, tolerance, names=(*LOSSES, "gradient_norm", "parameter
             np.testing.assert_allclose(row[name], of[name], rtol=tolerance, err_msg=f"{name} of step {of['step']}")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(world, program, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Program", program)
-        train.train(world.config(steps=STEPS), workdir)
-    found = told(workdir)
-    assert len(found) == STEPS and all(np.isfinite(row["loss"]) for row in found)
-    assert len({row["loss"] for row in found}) == STEPS
-    return workdir
-
-
-def at_step_four(undisturbed, workdir):
-    """A copy of that run that has seen no more than four steps."""
-    shutil.copytree(undisturbed, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "6")
-    assert steps_of(workdir) == [2, 4]
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(world, undisturbed, tmp_path):
-    workdir, config = tmp_path / "run", world.config(steps=STEPS)
+    workdir, config = tmp_path / "run", world.config()
     step = int(np.random.default_rng(5).integers(2, STEPS - 1))
     process = start(config, workdir)
     wait_for(process, workdir, step)
@@ -65,7 +41,7 @@ def test_a_killed_run_goes_on_bit_for_bit(world, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_run_told_to_stop_saves_and_goes_on_bit_for_bit(world, undisturbed, run, tmp_path, capsys):
     workdir = tmp_path / "run"
-    process = start(world.config(steps=STEPS, checkpoint={"every": 100}), workdir)
+    process = start(world.config(checkpoint={"every": 100}), workdir)
     wait_for(process, workdir, 2)
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
@@ -74,7 +50,7 @@ def test_a_run_told_to_stop_saves_and_goes_on_bit_for_bit(world, undisturbed, ru
     (step,) = steps_of(workdir)
     assert 2 <= step < STEPS and f"step {step}: told to stop; saved" in said
     assert len(told(workdir)) == step
-    run(world.config(steps=STEPS), workdir)
+    run(world.config(), workdir)
     assert f"step {step} of {STEPS}: resumed from {workdir}" in capsys.readouterr().out
     assert told(workdir) == told(undisturbed)
 
@@ -83,7 +59,7 @@ def test_a_run_told_to_stop_saves_and_goes_on_bit_for_bit(world, undisturbed, ru
 def test_a_run_moves_to_another_mesh(world, undisturbed, run, tmp_path):
     workdir = tmp_path / "run"
     at_step_four(undisturbed, workdir)
-    run(world.config(steps=STEPS, mesh=MeshConfig(8, 1, 1)), workdir)
+    run(world.config(mesh=MeshConfig(8, 1, 1)), workdir)
     found, expected = told(workdir), told(undisturbed)
     assert found[:4] == expected[:4] and found[4:] != expected[4:]
     near(found[4:5], expected[4:5], 1e-5)
@@ -106,7 +82,7 @@ def start_two(config, workdir):
 @pytest.mark.multiprocess
 def test_two_processes_are_as_one_and_stop_together(world, undisturbed, run, tmp_path):
     workdir = tmp_path / "run"
-    config = world.config(steps=STEPS, checkpoint={"every": 100})
+    config = world.config(checkpoint={"every": 100})
     expected = told(undisturbed)
     processes = start_two(config, workdir)
     wait_for(processes[0], workdir, 2)
@@ -129,7 +105,7 @@ def test_two_processes_are_as_one_and_stop_together(world, undisturbed, run, tmp
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(world, undisturbed, run, tmp_path):
-    workdir, config = tmp_path / "run", world.config(steps=STEPS)
+    workdir, config = tmp_path / "run", world.config()
     at_step_four(undisturbed, workdir)
 
     def full():

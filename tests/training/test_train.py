@@ -14,47 +14,32 @@ from ivcr_jax.config import to_dict
 from ivcr_jax.data.store import DatasetNotFound
 from ivcr_jax.models.layers import Compute
 from ivcr_jax.sharding import MeshConfig, make_mesh
-from tests.training.conftest import VIT, finish, lines, start, steps_of, told, write_init, write_videos
-
-
-@pytest.fixture(scope="module")
-def trained(world, program, tmp_path_factory):
-    """The folder of a run of four steps with two checkpoints."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Program", program)
-        train.train(world.config(steps=4), workdir)
-    return workdir
+from tests.training.conftest import VIT, at_step_four, finish, lines, start, steps_of, told, write_init, write_videos
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_the_first_that_is_there(world, run, trained, program, tmp_path, capsys):
+def test_a_run_begins_with_the_first_that_is_there(world, run, undisturbed, tmp_path, capsys):
     """Its own checkpoint, that of `resume`, the model folder, random weights."""
-    assert steps_of(trained) == [2, 4]
-    other = tmp_path / "run"
-    run(world.config(steps=5, resume=str(trained)), other)
-    assert f"step 4 of 5: resumed from {trained}" in capsys.readouterr().out
-    assert [row["step"] for row in lines(other)] == [5] and steps_of(other) == [4, 5]
-    run(world.config(steps=6, resume=str(trained)), other)
-    assert f"step 5 of 6: resumed from {other}" in capsys.readouterr().out
-    shutil.copytree(trained, tmp_path / "on")
-    run(world.config(steps=6), tmp_path / "on")
-    assert [row["loss"] for row in lines(other)] == [row["loss"] for row in told(tmp_path / "on")][4:]
-    capsys.readouterr()
+    first, other = at_step_four(undisturbed, tmp_path / "first"), tmp_path / "other"
+    for origin in (first, other):
+        run(world.config(resume=str(first)), other)
+        assert f"step 4 of 6: resumed from {origin}\n" in capsys.readouterr().out
+        assert [row["loss"] for row in lines(other)] == [row["loss"] for row in told(undisturbed)][4:]
+        assert steps_of(other) == [4, 6] and steps_of(first) == [2, 4]
+        shutil.rmtree(other / "checkpoints" / "6")
 
-    config = world.config(steps=1)
     half = tmp_path / "half"
     words = (world.folder / "init" / bundle.TOKENIZER).read_bytes()
-    write_init(half, dataclasses.replace(config, retriever=None), {bundle.TOKENIZER: words})
+    write_init(half, dataclasses.replace(world.config(), retriever=None), {bundle.TOKENIZER: words})
     tokens = str(world.folder / "init" / bundle.RETRIEVER_TOKENIZER)
     data = {"tokenizer": tokens, "retriever_tokenizer": tokens}
-    run(world.config(steps=1, init=str(half), data=data), tmp_path / "from_half")
-    assert f"step 0 of 1: weights of {half}, but for retriever." in capsys.readouterr().out
-    run(world.config(steps=1, init="", data=data), tmp_path / "from_nothing")
-    assert "step 0 of 1: random weights" in capsys.readouterr().out
-    whole, from_half, nothing = (told(path)[0] for path in (trained, tmp_path / "from_half", tmp_path / "from_nothing"))
-    assert whole["lm"] == from_half["lm"] != nothing["lm"]
-    assert whole["contrastive"] != from_half["contrastive"] == nothing["contrastive"]
+    run(world.config(init=str(half), data=data), tmp_path / "from_half")
+    assert f"step 0 of 6: weights of {half}, but for retriever." in capsys.readouterr().out
+    run(world.config(init="", data=data), tmp_path / "from_nothing")
+    assert "step 0 of 6: random weights" in capsys.readouterr().out
+    whole, part, nothing = (told(path)[0] for path in (undisturbed, tmp_path / "from_half", tmp_path / "from_nothing"))
+    assert whole["lm"] == part["lm"] != nothing["lm"]
+    assert whole["contrastive"] != part["contrastive"] == nothing["contrastive"]
 
 
 def made_by(world, path, *, tower="model", **changes):
@@ -119,7 +104,7 @@ def test_features_must_be_of_the_runs_own_towers(world, program, tmp_path):
     ],
 )
 def test_what_does_not_go_together_is_refused_before_the_first_step(
-    world, run, trained, tmp_path, changes, error, message
+    world, run, undisturbed, tmp_path, changes, error, message
 ):
     words = {
         name: (world.folder / "init" / name).read_bytes() for name in (bundle.TOKENIZER, bundle.RETRIEVER_TOKENIZER)
@@ -142,7 +127,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(
 
     workdir = tmp_path / "run"
     if not {"resume", "eval", "optim"} & {*changes} and changes.get("init") not in ("nowhere", "BARE"):
-        shutil.copytree(trained, workdir)
+        at_step_four(undisturbed, workdir)
     before = lines(workdir)
     with pytest.raises(error, match=re.escape(message)) as told_so:
         run(world.config(**real(changes)), workdir)
@@ -152,8 +137,8 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(
 
 def test_the_command_says_in_a_line_what_is_wrong(world, tmp_path):
     cases = {
-        "--config.nonsense=1": "nonsense",
-        "--config.steps=many": "many",
+        "--config.optim.nonsense=1": "train: --config.optim.nonsense=1: the configuration has no 'nonsense'",
+        "--config.steps=many": "flag --config.steps=many: invalid literal for int()",
         "--config.mesh.data=3": "train: a mesh of {'data': 3, 'fsdp': 2, 'tensor': 2} for 8 devices",
         "--processes=2": "train: found --processes without --coordinator and --process_id; expected all three, or none",
         "more": "unknown argument 'more'; options are written --name=value",
@@ -178,40 +163,35 @@ def test_a_run_whose_numbers_are_none_ends(world, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_validation_in_the_loop(world, run, program, tmp_path, capsys):
+def test_validation_in_the_loop(world, run, tmp_path, capsys):
     config = world.config(
-        steps=5, eval={"every": 2, "batches": 0}, checkpoint={"every": 2, "keep_last": 1, "keep_best": 1, "best": "lm"}
+        eval={"every": 4, "batches": 0}, checkpoint={"every": 2, "keep_last": 1, "keep_best": 1, "best": "lm"}
     )
     workdir = tmp_path / "run"
     run(config, workdir)
     found = {row["step"]: row for row in lines(workdir) if "validation/loss" in row}
-    assert sorted(found) == [2, 4, 5], "after the last step too"
-    best = min(found, key=lambda step: found[step]["validation/lm"])
-    assert steps_of(workdir) == sorted({best, 5})
-    assert "step 5  validation  loss" in capsys.readouterr().out
+    assert sorted(found) == [4, 6], "after the last step too"
+    assert steps_of(workdir) == sorted({min(found, key=lambda step: found[step]["validation/lm"]), 6})
+    assert "step 6  validation  loss" in capsys.readouterr().out
     before = lines(workdir)
-    run(config, workdir)  # there is nothing to do
+    run(config, workdir)  # there is nothing to do, and nothing is done twice
     assert lines(workdir) == before
-    run(dataclasses.replace(config, steps=6), workdir)
-    assert [row["step"] for row in lines(workdir) if "validation/loss" in row] == [2, 4, 5, 6]
-
-    # The first of these by hand, from what the models say of the split's dialogues.
-    row = found[5]
+    row = found[6]
     assert (row["validation/queries"], row["validation/ranked_turns"], row["validation/retrieval_pool"]) == (24, 24, 12)
     weighted = sum(row[f"validation/{name}"] * weight for name, weight in config.losses.weights.items())
     assert row["validation/loss"] == pytest.approx(weighted, rel=1e-6)
 
 
 @pytest.mark.slow
-def test_the_folder_tells_what_is_trained(world, trained, run, tmp_path, caplog):
-    read = bundle.BundleConfig.from_json((trained / "config.json").read_text())
+def test_the_folder_tells_what_is_trained(world, undisturbed, run, tmp_path, caplog):
+    read = bundle.BundleConfig.from_json((undisturbed / "config.json").read_text())
     assert read == world.config().bundle
     for name in (bundle.TOKENIZER, bundle.RETRIEVER_TOKENIZER):
-        assert (trained / name).read_bytes() == (world.folder / "init" / name).read_bytes()
-    whole = json.loads((trained / "train.json").read_text())
+        assert (undisturbed / name).read_bytes() == (world.folder / "init" / name).read_bytes()
+    whole = json.loads((undisturbed / "train.json").read_text())
     assert whole["optim"]["peak_lr"] == 1e-2 and whole["data"]["seq_len"] == 320
-    shutil.copytree(trained, tmp_path / "run")
-    run(world.config(steps=4, max_skipped=7), tmp_path / "run")
+    shutil.copytree(undisturbed, tmp_path / "run")
+    run(world.config(max_skipped=7), tmp_path / "run")
     assert "max_skipped was 10 when this run began, and is 7" in caplog.text
     assert "steps was" not in caplog.text
-    jax.tree.map(np.testing.assert_array_equal, told(tmp_path / "run"), told(trained))
+    jax.tree.map(np.testing.assert_array_equal, told(tmp_path / "run"), told(undisturbed))
