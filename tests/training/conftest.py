@@ -75,7 +75,7 @@ class World:
                 video_qformer=dataclasses.replace(QFORMER, width=12),
                 video=VideoEncoderConfig(max_frames=3, window=2, stride=2),
                 llama=LlamaConfig(vocab_size=VOCAB, width=32, layers=1, heads=4, kv_heads=2, mlp_width=48),
-                lora=LoraConfig(rank=2),
+                lora=LoraConfig(rank=2, alpha=1.0),  # of full scale it would make attention all or nothing
                 rank=RankHeadConfig(width=16, heads=2),
                 moment=MomentHeadConfig(width=16, layers=1, heads=2),
             ),

@@ -12,6 +12,7 @@ import pytest
 from ivcr_jax import bundle, encode, train
 from ivcr_jax.config import to_dict
 from ivcr_jax.data.store import DatasetNotFound
+from ivcr_jax.losses import LossConfig
 from ivcr_jax.models.layers import Compute
 from ivcr_jax.sharding import MeshConfig, make_mesh
 from tests.training.conftest import VIT, at_step_four, finish, lines, start, steps_of, told, write_init, write_videos
@@ -30,7 +31,7 @@ def test_a_run_begins_with_the_first_that_is_there(world, run, undisturbed, tmp_
 
     half = tmp_path / "half"
     words = (world.folder / "init" / bundle.TOKENIZER).read_bytes()
-    write_init(half, dataclasses.replace(world.config(), retriever=None), {bundle.TOKENIZER: words})
+    write_init(half, world.config(retriever=None, losses=LossConfig()), {bundle.TOKENIZER: words})
     tokens = str(world.folder / "init" / bundle.RETRIEVER_TOKENIZER)
     data = {"tokenizer": tokens, "retriever_tokenizer": tokens}
     run(world.config(init=str(half), data=data), tmp_path / "from_half")
