@@ -107,11 +107,11 @@ class World:
             steps=STEPS,
             init=str(self.folder / "init"),
         )
-        for name, change in changes.items():
-            if isinstance(change, dict):
-                change = dataclasses.replace(getattr(config, name), **change)
-            config = dataclasses.replace(config, **{name: change})
-        return config
+        parts = {
+            name: dataclasses.replace(getattr(config, name), **change) if isinstance(change, dict) else change
+            for name, change in changes.items()
+        }
+        return dataclasses.replace(config, **parts)
 
     def without_dropout(self, **changes):
         """The same, and nothing random in a step."""

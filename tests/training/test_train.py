@@ -31,7 +31,9 @@ def test_a_run_begins_with_the_first_that_is_there(world, run, undisturbed, tmp_
 
     half = tmp_path / "half"
     words = (world.folder / "init" / bundle.TOKENIZER).read_bytes()
-    write_init(half, world.config(retriever=None, losses=LossConfig()), {bundle.TOKENIZER: words})
+    write_init(
+        half, dataclasses.replace(world.config(), retriever=None, losses=LossConfig()), {bundle.TOKENIZER: words}
+    )
     tokens = str(world.folder / "init" / bundle.RETRIEVER_TOKENIZER)
     data = {"tokenizer": tokens, "retriever_tokenizer": tokens}
     run(world.config(init=str(half), data=data), tmp_path / "from_half")
