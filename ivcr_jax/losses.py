@@ -221,6 +221,12 @@ def of_retriever(retriever: Retriever, texts: jax.Array, videos: jax.Array, batc
     return {"contrastive": total}
 
 
+def first_stage(texts: jax.Array, videos: jax.Array, batch: Batch) -> jax.Array:
+    """f32[B, R, C]: the cosine of each turn's query f32[B, R, D] and its candidates, of the videos f32[B, V, D]."""
+    of_all = jnp.einsum("brd,bvd->brv", texts, videos)
+    return jnp.take_along_axis(of_all, jnp.maximum(batch["candidate_slots"], 0), axis=-1)
+
+
 def embeddings(retriever: Retriever, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """f32[B, R, D] of a batch's queries and f32[B, V, D] of its videos."""
     queries, frames = batch["queries"], batch["features"] if "features" in batch else batch["frames"]

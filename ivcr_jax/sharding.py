@@ -23,7 +23,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "batch": ("data", "fsdp"),
+    # In this order: with fsdp last, XLA (jaxlib 0.10, 0.12) gives wrong gradients on meshes that divide all three axes
+    # (tests/models/test_sharding.py).
+    "batch": ("fsdp", "data"),
     "act_heads": ("tensor",),
     "act_mlp": ("tensor",),
 }

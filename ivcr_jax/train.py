@@ -173,7 +173,6 @@ def pipeline(
                 f"data.videos {data.videos} holds {videos.kind} of {videos.item_shape}; expected {wanted} for "
                 f"config.{tower}.vit"
             )
-    index, count = rows_of_process(mesh, data.batch_size)
     settings = PipelineConfig(
         config.pack,
         data.batch_size,
@@ -182,7 +181,6 @@ def pipeline(
         data.keep_chat,
         data.threads,
         data.workers,
-        data.prefetch,
     )
     return Pipeline(
         DialogueStore(data.dialogues, split),
@@ -190,8 +188,7 @@ def pipeline(
         tokenizers[bundle.TOKENIZER],
         settings,
         queries=tokenizers.get(bundle.RETRIEVER_TOKENIZER) if config.pack.query_len else None,
-        process_index=index,
-        process_count=count,
+        rows=rows_of_process(mesh, data.batch_size),
         cache_dir=workdir / "plans",
     )
 
@@ -239,24 +236,27 @@ def check_features(config: TrainConfig, factors: Mapping[str, float]) -> None:
             raise ValueError(f"{where}: its parameters are {found[:12]}, those of {config.init} {sha256[:12]}")
 
 
-def rows_of_process(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Which share of a batch's rows this process's devices hold, and of how many. Processes may hold the same."""
+def rows_of_process(mesh: Mesh, rows: int) -> list[int]:
+    """Which of a batch's rows this process's devices hold, in order. Processes may hold the same."""
     indices = by_rows(mesh).addressable_devices_indices_map((rows,)).values()
-    spans = sorted({index[0].indices(rows)[:2] for index in indices if index})
-    first, last = spans[0][0], spans[-1][1]
-    if sum(end - begin for begin, end in spans) != last - first or rows % (last - first) or first % (last - first):
-        raise ValueError(f"mesh {dict(mesh.shape)}: this process holds the rows {spans}; expected one even share")
-    return first // (last - first), rows // (last - first)
+    return sorted({row for index in indices if index for row in range(*index[0].indices(rows))})
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh, config: TrainConfig) -> dict[str, jax.Array]:
     """This process's rows as part of the batch over all devices."""
     lies = by_rows(mesh)
     rows = config.data.batch_size
-    return {
-        name: jax.make_array_from_process_local_data(lies, array, (rows, *array.shape[1:]))
-        for name, array in batch.items()
-    }
+    where = {row: place for place, row in enumerate(rows_of_process(mesh, rows))}
+
+    def placed(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            begin, end, _ = index[0].indices(rows)
+            return array[where[begin] : where[begin] + end - begin]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), lies, part)
+
+    return {name: placed(array) for name, array in batch.items()}
 
 
 def validate(

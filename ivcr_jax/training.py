@@ -22,7 +22,7 @@ from ivcr_jax.data import prompt
 from ivcr_jax.data.encoding import EncodingConfig
 from ivcr_jax.data.packing import PackConfig
 from ivcr_jax.losses import LossConfig
-from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
+from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig, Output
 from ivcr_jax.models.layers import Compute
 from ivcr_jax.models.retriever import Retriever, RetrieverConfig
 from ivcr_jax.optim import OptimConfig
@@ -42,7 +42,7 @@ class DataConfig:
       seq_len, video_slots, max_turns, max_candidates, frames: S, V, R, C, T of a batch.
       batch_size: B, rows of a batch over all processes.
       keep_chat: whether dialogues of plain chat take part.
-      threads, workers, prefetch: of the pipeline, in each process.
+      threads, workers: of the pipeline, in each process.
     """
 
     dialogues: str = ""
@@ -58,7 +58,6 @@ class DataConfig:
     keep_chat: bool = True
     threads: int = 16
     workers: int = 0
-    prefetch: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +109,10 @@ class TrainConfig:
             raise ValueError("losses of the dialogue model have a weight, and there is no config.model")
         if self.losses.contrastive and self.retriever is None:
             raise ValueError("losses.contrastive has a weight, and there is no config.retriever")
+        if self.model and self.losses.of_model and self.model.rank.first_stage and not self.losses.contrastive:
+            raise ValueError(
+                "model.rank.first_stage is True, and no retriever is trained; losses.contrastive has no weight"
+            )
         if self.losses.contrastive and self.accumulate > 1:
             raise ValueError(
                 f"accumulate is {self.accumulate}; expected 1: losses.contrastive compares all rows of a batch at once"
@@ -271,14 +274,21 @@ class Program:
         flat = [(where, value.replace(arrays[path])) for path, (where, value) in self._where.items()]
         return nnx.merge(self._definition, nnx.from_flat_state(flat))
 
-    def _sums(self, system: System, batch: losses.Batch, key: jax.Array | None) -> losses.Sums:
+    def _apply(
+        self, system: System, batch: losses.Batch, key: jax.Array | None
+    ) -> tuple[losses.Sums, Output | None, tuple[jax.Array, jax.Array] | None]:
+        """Sums of all losses, what the dialogue model says, and the retriever's vectors of queries and of videos."""
         sums: losses.Sums = {}
-        if system.model is not None:
-            sums |= losses.of_dialogues(system.model(batch, key), batch, system.model.llama.logits)
+        out = embedded = first = None
         if system.retriever is not None:
             embedded = losses.embeddings(system.retriever, batch)
             sums |= losses.of_retriever(system.retriever, *embedded, batch)
-        return sums
+            if self.config.model and self.config.model.rank.first_stage:
+                first = losses.first_stage(*embedded, batch)
+        if system.model is not None:
+            out = system.model(batch, key, first)
+            sums |= losses.of_dialogues(out, batch, system.model.llama.logits)
+        return sums, out, embedded
 
     def _train_step(self, state: State, frozen: Arrays, batch: losses.Batch) -> tuple[State, losses.Sums]:
         """One update. Returns the new state and the step's metrics, f32[] each."""
@@ -287,7 +297,7 @@ class Program:
         weights = {name: weight for name, weight in config.losses.weights.items() if weight}
 
         def loss_of(params: Arrays, batch: losses.Batch, key: jax.Array) -> tuple[jax.Array, losses.Sums]:
-            sums = self._sums(self.merge(params, frozen), batch, key)
+            sums, *_ = self._apply(self.merge(params, frozen), batch, key)
             means = {name: sums[name] / jnp.maximum(counts[name], 1) for name in weights}
             return jnp.sum(jnp.stack([weight * means[name] for name, weight in weights.items()])), means
 
@@ -342,13 +352,10 @@ class Program:
         """What `validation.py` counts: sums and counts f32[], and what the models say of each turn of all rows."""
         system = self.merge(params, frozen)
         found: dict[str, Any] = {"counts": losses.counts(batch)}
-        sums: losses.Sums = {}
-        if system.model is not None:
-            out = system.model(batch)
-            sums |= losses.of_dialogues(out, batch, system.model.llama.logits)
+        sums, out, embedded = self._apply(system, batch, None)
+        if out is not None:
             found |= {"ranked": out.scores.argmax(-1), "spans": out.moments.best()[0][..., 0, :]}
-        if system.retriever is not None:
-            found["texts"], found["videos"] = embedded = losses.embeddings(system.retriever, batch)
-            sums |= losses.of_retriever(system.retriever, *embedded, batch)
+        if embedded is not None:
+            found["texts"], found["videos"] = embedded
         names = ("candidate_targets", "moment_slots", "moment_spans", "turn_languages", "turn_videos", "video_numbers")
         return found | {"sums": sums} | {name: batch[name] for name in names}

@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
+from ivcr_jax.config import listed
 from ivcr_jax.data import packing
 from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.encoding import EncodingConfig
@@ -75,8 +76,7 @@ class Pipeline:
         config: PipelineConfig,
         *,
         queries: Tokenizer | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         cache_dir: epath.PathLike | None = None,
     ):
         """Plans the rows, or reads the plan from `cache_dir` where an earlier start left it.
@@ -84,20 +84,17 @@ class Pipeline:
         Args:
           dialogues, videos, tokenizer, config: what is read, and how.
           queries: the first stage's tokenizer; needed where `config.pack.query_len` is not 0.
-          process_index, process_count: which share of each batch's rows this pipeline makes.
+          rows: which of each batch's rows this pipeline makes, of 0 to config.batch_size - 1; None for all.
           cache_dir: a folder for plans, or None.
 
         Raises:
-          ValueError: where the batch does not divide among the processes, or no dialogue fits a row.
+          ValueError: for rows that a batch does not have, or where no dialogue fits a row.
         """
         if bool(config.pack.query_len) != (queries is not None):
             raise ValueError(f"query_len is {config.pack.query_len}, and a tokenizer for queries is {queries}")
-        if config.batch_size % process_count:
-            raise ValueError(
-                f"batch_size is {config.batch_size} for {process_count} processes; expected a multiple of them"
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index} of {process_count} processes")
+        rows = range(config.batch_size) if rows is None else rows
+        if not rows or min(rows) < 0 or max(rows) >= config.batch_size:
+            raise ValueError(f"rows {listed(list(map(str, rows)), 4)} of a batch of {config.batch_size}")
         self.config = config
         # Everything that decides what row n holds. Batch size, processes and workers do not.
         self.fingerprint = hashlib.sha256(
@@ -116,9 +113,7 @@ class Pipeline:
             ).encode()
         ).hexdigest()
         self.plan = self._plan(dialogues, videos, tokenizer, cache_dir)
-        self._batches = _Batches(
-            dialogues, videos, tokenizer, queries, config, self.plan, process_index, config.batch_size // process_count
-        )
+        self._batches = _Batches(dialogues, videos, tokenizer, queries, config, self.plan, tuple(rows))
         self.steps = self._batches.steps
 
     def _plan(
@@ -147,7 +142,7 @@ class Pipeline:
         return plan
 
     def batch(self, step: int) -> Batch:
-        """This process's part of batch `step`: B / processes rows; `packing.empty_batch` lists the arrays."""
+        """This process's rows of batch `step`; `packing.empty_batch` lists the arrays."""
         return self._batches[step]
 
     def __iter__(self) -> "BatchIterator":
@@ -165,8 +160,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
         queries: Tokenizer | None,
         config: PipelineConfig,
         plan: packing.Plan,
-        process_index: int,
-        local_rows: int,
+        rows: tuple[int, ...],
     ):
         self._dialogues = dialogues
         self._videos = videos
@@ -175,8 +169,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
         self._shape = packing.BatchShape.of(videos, tokenizer, config.pack)
         self._config = config
         self._plan = plan
-        self._first = process_index * local_rows
-        self._local_rows = local_rows
+        self._rows = rows
         self.steps = -(-len(plan) // config.batch_size)
         # Row numbers in the order of training: each pass all rows once, shuffled anew, any place in O(1).
         self._order = grain.MapDataset.range(len(plan)).seed(config.seed).shuffle().repeat()
@@ -189,10 +182,10 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         config = self._config
-        batch = packing.empty_batch(self._local_rows, config.pack, self._shape)
+        batch = packing.empty_batch(len(self._rows), config.pack, self._shape)
         work = []
-        for row in range(self._local_rows):
-            number = step * config.batch_size + self._first + row
+        for row, place in enumerate(self._rows):
+            number = step * config.batch_size + place
             epoch, place = divmod(number, len(self._plan))
             rng = None
             if config.train:

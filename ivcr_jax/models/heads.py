@@ -21,10 +21,12 @@ ABSENT = -1e9
 
 @dataclasses.dataclass(frozen=True)
 class RankHeadConfig:
-    """Attributes: width: E, of queries, keys and the hidden layer. heads: of attention over a candidate's tokens."""
+    """Attributes: width: E, of queries, keys and the hidden layer. heads: of attention over a candidate's tokens.
+    first_stage: add what the retriever says of a candidate, times a factor that is learnt."""
 
     width: int = 512
     heads: int = 8
+    first_stage: bool = False
 
 
 class RankHead(nnx.Module):
@@ -38,22 +40,31 @@ class RankHead(nnx.Module):
         self.state = Linear(rngs, ("embed", "heads"), (width, e))
         self.token_norm = RMSNorm(width, NORM_EPS)
         self.token = Linear(rngs, ("embed", "heads"), (width, 2 * e))
-        self.hidden = Linear(rngs, ("embed", "mlp"), (3 * e, e))
+        self.hidden = Linear(rngs, ("embed", "mlp"), (e, e))
+        self.hidden_read = Linear(rngs, ("embed", "mlp"), (e, e), bias=False)
+        self.hidden_product = Linear(rngs, ("embed", "mlp"), (e, e), bias=False)
         self.score = Linear(rngs, ("mlp", None), (e, 1))
+        # At first its scores, which are cosines, decide nearly alone: that of the sigmoid loss at its start.
+        self.first_scale = nnx.Param(jnp.full((1,), 10.0), axes=(None,)) if config.first_stage else None
         self.config = config
 
     def keys(self, tokens: jax.Array) -> jax.Array:
         """Decoder states of visual tokens f[..., D] -> f[..., 2 E], which is all of a candidate the head needs."""
         return self.token(self.token_norm(tokens))
 
-    def __call__(self, states: jax.Array, keys: jax.Array, there: jax.Array) -> jax.Array:
+    def __call__(
+        self, states: jax.Array, keys: jax.Array, there: jax.Array, first: jax.Array | None = None
+    ) -> jax.Array:
         """f32[..., C] scores.
 
         Args:
           states: f[..., D], the decoder's state at the end of each turn's prompt.
           keys: f[..., C, K, 2 E], from `keys`.
           there: bool[..., C, K], which tokens are there. A candidate without any gets ABSENT.
+          first: f32[..., C], the first stage's scores, where the configuration has them.
         """
+        if (first is None) != (self.first_scale is None):
+            raise ValueError(f"rank head: first_stage is {self.config.first_stage}, and its scores are {first}")
         heads = self.config.heads
         query = self.state(self.state_norm(states))
         key, value = (part.reshape(*part.shape[:-1], heads, -1) for part in jnp.split(keys, 2, axis=-1))
@@ -62,9 +73,11 @@ class RankHead(nnx.Module):
         weights = jnp.where(there[..., None, :], weights * split.shape[-1] ** -0.5, ABSENT)
         read = jnp.einsum("...chk,...ckhe->...che", jax.nn.softmax(weights).astype(value.dtype), value)
         read = read.reshape(*read.shape[:-2], -1)
-        query = jnp.broadcast_to(query[..., None, :], read.shape)
-        both = jnp.concatenate([query, read, query * read], axis=-1)
-        scores = self.score(jax.nn.gelu(self.hidden(both)))[..., 0].astype(jnp.float32)
+        query = query[..., None, :]
+        hidden = self.hidden(query) + self.hidden_read(read) + self.hidden_product(query * read)
+        scores = self.score(jax.nn.gelu(hidden))[..., 0].astype(jnp.float32)
+        if first is not None and self.first_scale is not None:
+            scores += self.first_scale[...] * first
         return jnp.where(there.any(-1), scores, ABSENT)
 
 

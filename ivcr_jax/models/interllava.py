@@ -82,12 +82,15 @@ class InterLLaVA(nnx.Module):
         lora.add(self, c.lora, rngs)
         self.config, self.compute = config, compute
 
-    def __call__(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> Output:
+    def __call__(
+        self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, first: jax.Array | None = None
+    ) -> Output:
         """Everything a loss or a metric needs of a batch (see packing.empty_batch).
 
         Args:
           batch: with `frames` u8[B, V, T, H, W, 3], or `features` f[B, V, T, P, Dv] of the ViT.
           key: of dropout, in training; None for none.
+          first: f32[B, R, C], the first stage's scores of the candidates, where `config.rank.first_stage` wants them.
         """
         keys = split_key(key, 2)
         videos = self.encode(batch, keys[0])
@@ -108,7 +111,8 @@ class InterLLaVA(nnx.Module):
             key=keys[1],
         )
         states = hidden[rows, batch["turn_states"]]
-        scores = self._rank(states, hidden, visual & there, batch["candidate_blocks"], videos.tokens.shape[2])
+        width = videos.tokens.shape[2]
+        scores = self._rank(states, hidden, visual & there, batch["candidate_blocks"], width, first)
         return Output(hidden, scores, self._moment(states, videos.frames, batch))
 
     def encode(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> EncodedVideo:
@@ -147,14 +151,22 @@ class InterLLaVA(nnx.Module):
         assert cache is not None
         return hidden, cache
 
-    def _rank(self, states: jax.Array, hidden: jax.Array, there: jax.Array, blocks: jax.Array, width: int) -> jax.Array:
+    def _rank(
+        self,
+        states: jax.Array,
+        hidden: jax.Array,
+        there: jax.Array,
+        blocks: jax.Array,
+        width: int,
+        first: jax.Array | None,
+    ) -> jax.Array:
         """states f[B, R, D], hidden f[B, S, D], there bool[B, S], blocks i32[B, R, C] -> f32[B, R, C]."""
         rows = np.arange(len(hidden))[:, None, None, None]
         index = blocks[..., None] + np.arange(width)
         present = (blocks >= 0)[..., None]
         index = jnp.where(present, index, 0)
         keys = self.rank.keys(hidden)  # before they are gathered: far narrower than the states
-        return self.rank(states, keys[rows, index], there[rows, index] & present)
+        return self.rank(states, keys[rows, index], there[rows, index] & present, first)
 
     def _moment(self, states: jax.Array, frames: jax.Array, batch: Mapping[str, jax.Array]) -> Moments:
         """states f[B, R, D], frames f[B, V, T, Q, F] -> moments of [B, R, T]."""

@@ -86,21 +86,20 @@ def test_any_step_can_be_built_at_once(stores):
     assert same(next(far), stream.batch(10**9))
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_rows_of_one_global_batch(stores, count):
+@pytest.mark.parametrize("shares", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[3], [1], [2], [0]]])
+def test_processes_share_the_rows_of_one_global_batch(stores, shares):
     whole = take(iter(make(stores)), 4)
-    parts = [take(iter(make(stores, process_index=i, process_count=count)), 4) for i in range(count)]
-    for step, expected in enumerate(whole):
-        joined = {key: np.concatenate([part[step][key] for part in parts]) for key in expected}
-        assert same(joined, expected)
+    for rows in shares:
+        for found, expected in zip(take(iter(make(stores, rows=rows)), 4), whole, strict=True):
+            assert same(found, {key: array[rows] for key, array in expected.items()})
 
 
 def test_a_state_moves_to_another_number_of_processes(stores):
     straight = take(iter(make(stores)), 5)
-    old = iter(make(stores, process_index=1, process_count=2))
+    old = iter(make(stores, rows=[2, 3]))
     take(old, 3)
     for index in range(4):
-        new = iter(make(stores, process_index=index, process_count=4))
+        new = iter(make(stores, rows=[index]))
         new.set_state(old.get_state())
         assert same(next(new), {key: array[index : index + 1] for key, array in straight[3].items()})
 
@@ -178,16 +177,10 @@ def test_a_cached_plan_is_used(stores, tmp_path, monkeypatch):
     assert same(make(stores, cache_dir=tmp_path).batch(1), fresh.batch(1))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"process_count": 3}, "batch_size is 4 for 3 processes; expected a multiple"),
-        ({"process_count": 2, "process_index": 2}, "process_index is 2 of 2"),
-    ],
-)
-def test_bad_process_arguments(stores, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make(stores, **arguments)
+@pytest.mark.parametrize("rows", [[], [3, 4], [-1]])
+def test_rows_that_a_batch_does_not_have(stores, rows):
+    with pytest.raises(ValueError, match=f"rows {', '.join(map(str, rows))} of a batch of 4"):
+        make(stores, rows=rows)
 
 
 @pytest.mark.parametrize(("field", "value"), [("batch_size", 0), ("threads", 0), ("prefetch", 0), ("workers", -1)])

@@ -49,6 +49,16 @@ def test_times_can_be_left_out():
     assert "sampled" not in text([turn], PromptStyle(frame_times=False))
 
 
+def test_videos_can_be_shown_without_their_numbers():
+    turns = [
+        PromptTurn("Find a dog.", "It is video 2.", Intent.VIDEO, "en", (1, 2, 3)),
+        PromptTurn("什么时候？", "视频 2 的 0.1s-2.0s。", Intent.MOMENT, "zh", (2,), (0.5,)),
+    ]
+    shown = text(turns, PromptStyle(numbered=False, frame_times=False))
+    assert "Candidate videos : <VIDEOTOKEN><VIDEOTOKEN><VIDEOTOKEN>.Find a dog. [/INST] It is video 2. </s>" in shown
+    assert shown.endswith("当前视频：<VIDEOTOKEN>。什么时候？ [/INST] 视频 2 的 0.1s-2.0s。 </s>")
+
+
 def test_moment_turn_shows_one_video():
     with pytest.raises(ValueError, match="turn 0 .* shows 2 videos; expected one"):
         render([PromptTurn("When?", "x", Intent.MOMENT, "en", (1, 2))], PUBLISHED)

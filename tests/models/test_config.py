@@ -216,7 +216,7 @@ OTHER = {
         "kind": "linear", "factor": 3.0, "low_freq_factor": 1.5, "high_freq_factor": 16.0, "original_positions": 60,
     },
     "LoraConfig": {"rank": 3, "alpha": 2.0, "dropout": 0.5, "targets": r"llama\.layers\.(q|k)"},
-    "RankHeadConfig": {"width": 8, "heads": 4},
+    "RankHeadConfig": {"width": 8, "heads": 4, "first_stage": True},
     "MomentHeadConfig": {"width": 8, "layers": 2, "heads": 4},
     "InterLLaVAConfig": {"layout": "inline", "llama_ids_for_qformer": True},
     "TextConfig": {
@@ -280,7 +280,10 @@ PARTS = {
     "lora": (Adapted, lambda model, key: read_llama(model.llama, key)),
     "rank": (
         lambda c, rngs: RankHead(c.rank, 32, rngs),
-        lambda head, key: head(random(2, 32), head.keys(random(2, 3, 4, 32)), np.ones((2, 3, 4), bool)),
+        lambda head, key: head(
+            random(2, 32), head.keys(random(2, 3, 4, 32)), np.ones((2, 3, 4), bool),
+            random(2, 3) if head.config.first_stage else None,
+        ),
     ),
     "moment": (
         lambda c, rngs: MomentHead(c.moment, 32, 16, rngs, F32),

@@ -71,7 +71,7 @@ def one_score(head, state, hidden):
         shares = softmax(key[:, of_head] @ query[of_head] / np.sqrt(len(of_head)))
         parts.append(shares @ value[:, of_head])
     read = np.concatenate(parts)
-    x = through(np.concatenate([query, read, query * read]), w["hidden"])
+    x = through(query, w["hidden"]) + read @ w["hidden_read"]["kernel"] + query * read @ w["hidden_product"]["kernel"]
     x = x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
     return through(x, w["score"])[0]
 
@@ -84,6 +84,21 @@ def test_a_score_is_of_the_turn_and_that_candidates_own_tokens(rank, count):
     for n in range(3):
         for c in range(count):
             close(found[n, c], one_score(rank, states[n], hidden[n, c, there[n, c]]), 1e-5)
+
+
+def test_the_first_stages_score_is_added(rank):
+    states, hidden, there = candidates(3, 7)
+    there[0, 2] = False
+    expected = np.asarray(score(rank, states, hidden, there))
+    head = lively(lambda: RankHead(RankHeadConfig(16, 2, first_stage=True), WIDTH, nnx.Rngs(0)))
+    first = np.random.default_rng(1).uniform(-1, 1, (3, 7)).astype(np.float32)
+    nnx.update(head, nnx.state(rank))
+    head.first_scale[...] = jnp.array([3.0])
+    found = head(states, head.keys(hidden), there, first)
+    close(found, np.where(expected == ABSENT, ABSENT, expected + 3 * first), 1e-5)
+    for wrong, given in ((head, None), (rank, first)):
+        with pytest.raises(ValueError, match="rank head: first_stage is"):
+            wrong(states, wrong.keys(hidden), there, given)
 
 
 def test_permuted_candidates_have_permuted_scores(rank):

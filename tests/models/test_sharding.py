@@ -16,7 +16,7 @@ from ivcr_jax import bundle
 from ivcr_jax.models.heads import ABSENT
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.retriever import Retriever
-from ivcr_jax.sharding import MeshConfig, constrain, logical_axes, make_mesh, shardings, spec
+from ivcr_jax.sharding import MeshConfig, by_rows, constrain, logical_axes, make_mesh, shardings, spec
 from tests.models.conftest import CHAT, F32, close, find, host, operations, when
 
 
@@ -31,7 +31,7 @@ def test_a_mesh_is_of_all_devices():
 def test_names_become_mesh_axes():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     assert spec(("layers", "embed", "mlp"), (3, 4, 6), mesh) == jax.P(None, ("fsdp",), ("tensor",))
-    assert spec(("batch", "seq", None), (4, 3, 5), mesh) == jax.P(("data", "fsdp"), None, None)
+    assert spec(("batch", "seq", None), (4, 3, 5), mesh) == jax.P(("fsdp", "data"), None, None)
     assert spec(("embed", "mlp"), (3, 6), mesh) == jax.P(None, ("tensor",)), "an axis that does not divide stays whole"
     assert spec(("batch",), (2,), mesh) == jax.P(None)
     assert spec(("embed", "mlp"), (4, 6), make_mesh(MeshConfig(8, 1, 1))) == jax.P(None, None)
@@ -89,6 +89,24 @@ def on_one_device(world):
     return state, batch, step, host(step(state, batch))
 
 
+@pytest.mark.parametrize("rows", [4, 8])
+def test_two_layers_that_nothing_constrains_have_the_gradients_of_one_device(rows):
+    """With rows over ("data", "fsdp") XLA sums what belongs to other rows into these gradients: wrong by their size."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    rng = np.random.default_rng(0)
+    x, first, second = (rng.standard_normal(shape, np.float32) for shape in ((rows, 4, 32), (32, 16), (16, 16)))
+
+    def loss(first, second, x):
+        return jnp.tanh(jnp.tanh(x @ first) @ second).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    whole = gradient(first, second, x)
+    lies = NamedSharding(mesh, spec(("embed", "mlp"), (32, 16), mesh))
+    divided = gradient(*jax.device_put((first, second), lies), jax.device_put(x, by_rows(mesh)))
+    for found, expected in zip(divided, whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 # Where each part's activations are laid out, counted by hand: layers once, as the body of their scan.
 LAID_OUT = {
     "vit": {"x": 2, "heads": 3, "mlp": 1},
@@ -113,7 +131,7 @@ def test_activations_are_laid_out_by_rows_and_heads(world, name):
         "moment": lambda m: m.moment(x[:, 0], jnp.ones((4, 6, 2, 32)), x[..., 0], ones > 0, x[:, 0, 0]).starts,
     }
     definition, state = nnx.split(model)
-    rows = ("data", "fsdp")
+    rows = ("fsdp", "data")
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         program = jax.make_jaxpr(lambda state: calls[name](nnx.merge(definition, state)))(state)
     found = collections.Counter(

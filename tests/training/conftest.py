@@ -265,9 +265,9 @@ def finish(process, status=0):
     return said
 
 
-def wait_for(process, workdir, step):
-    """Waits until a run has written of that step."""
-    while not lines(workdir) or lines(workdir)[-1]["step"] < step:
+def wait_for(process, workdir, step, saved=False):
+    """Waits until a run has written of that step, and has a whole checkpoint if it is to have `saved` one."""
+    while not lines(workdir) or lines(workdir)[-1]["step"] < step or saved and not steps_of(workdir):
         assert process.poll() is None, process.communicate()[0][-4000:]
         time.sleep(0.02)
 
@@ -288,5 +288,5 @@ def told(workdir):
 
 
 def steps_of(workdir):
-    """The checkpoints that are there."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    """The whole checkpoints that are there."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
