@@ -7,6 +7,7 @@ that of the weights, where they are. XLA's own count is no use: it counts a scan
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -49,10 +50,12 @@ def _transformer(tokens: int, length: int, width: int, mlp: int, layers: int) ->
 def _vit(prefix: str, config: ViTConfig, images: int) -> list[_Part]:
     """The patches' projection and the layers; the pooling head is none of it."""
     length = config.patches + config.cls_token
-    patch = images * config.patches * 2 * 3 * config.patch_size**2 * config.width
+    widths, pixels = (3, *config.stem), config.image_size**2
+    stem = sum(2 * 9 * a * b * pixels / 4**n for n, (a, b) in enumerate(itertools.pairwise(widths), start=1))
+    patch = images * (stem + 2 * widths[-1] * pixels / 4 ** len(config.stem) * config.width)
     layers = _transformer(images * length, length, config.width, config.mlp_width, config.layers)
     return [
-        _Part(rf"{prefix}\.(patch|cls|positions).*", patch, shallow=True),
+        _Part(rf"{prefix}\.(stem|patch|cls|positions).*", patch, shallow=True),
         _Part(rf"{prefix}\.(?!head\.).*", *layers),
     ]
 

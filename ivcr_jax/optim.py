@@ -10,6 +10,8 @@ import optax
 
 from ivcr_jax.config import listed
 
+B1, EPS = 0.9, 1e-8  # of AdamW
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -19,7 +21,7 @@ class OptimConfig:
       rules: (regular expression, factor) pairs. The first that matches the whole path of a parameter gives the factor
         on its learning rate; 0 freezes it: no gradient, no optimiser state.
       peak_lr, initial_lr, final_lr, warmup: see `schedule`; warmup is a share of the steps.
-      b1, b2, eps, weight_decay: of AdamW. What has one axis (norms, biases) does not decay.
+      b2, weight_decay: of AdamW. What has one axis (norms, biases) does not decay.
       clip: the largest norm of all gradients together; 0 for no limit.
     """
 
@@ -28,9 +30,7 @@ class OptimConfig:
     initial_lr: float = 1e-6
     final_lr: float = 1e-5
     warmup: float = 0.2
-    b1: float = 0.9
     b2: float = 0.999
-    eps: float = 1e-8
     weight_decay: float = 0.05
     clip: float = 1.0
 
@@ -102,7 +102,7 @@ def make(
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.scale_by_adam(B1, config.b2, EPS),
         optax.add_decayed_weights(config.weight_decay, {path: axes[path] > 1 for path in trained}),
         optax.stateless(scaled),
         optax.scale_by_learning_rate(schedule(config, steps)),

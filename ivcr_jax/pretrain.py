@@ -3,8 +3,9 @@
     python -m ivcr_jax.pretrain --config=configs/tiny.py --source=SOURCE --dialogues=DATA/ivcr200k \\
       --videos=DATA/ivcr200k_videos --out=FOLDER
 
-A short training on single frames of the synthetic source stands in for those that EVA and SigLIP2 went through. It
-writes a model folder: this ViT in both models, a tokenizer for each, all else as new. It knows what the generator drew,
+A short training on single frames of the synthetic source stands in for those that EVA, BLIP-2's Q-Former and SigLIP2
+went through. It writes a model folder: this ViT in both models, the image Q-Former of the one, the pooling head of the
+other, a tokenizer for each, all else as new. It knows what the generator drew,
 and must not know what is said of it: of the dialogues it takes the words, for the tokenizer, and which videos are held
 out. It learns from no frame of those.
 """
@@ -36,16 +37,20 @@ from ivcr_jax.data.scenes import COLOURS, SHAPES, SIZES, Scene, Thing
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore, VideoStore
 from ivcr_jax.data.tokenizer import train_demo
 from ivcr_jax.models.interllava import InterLLaVA
-from ivcr_jax.models.layers import INIT_STD, Compute, Linear
+from ivcr_jax.models.layers import INIT_STD, Compute, LayerNorm, Linear
+from ivcr_jax.models.qformer import QFormer
 from ivcr_jax.models.retriever import Retriever
-from ivcr_jax.models.vit import ViT, ViTConfig
+from ivcr_jax.models.video_encoder import FEATURE_NORM_EPS
+from ivcr_jax.models.vit import MapHead, ViT, ViTConfig
 
 LOOKS = {"colour": (*COLOURS,), "shape": SHAPES, "size": (*SIZES,)}
 BATCH, CROWD = 128, 4
 PEAK_LR, WARMUP, B2, WEIGHT_DECAY, CLIP = 4e-3, 0.05, 0.98, 0.02, 1.0
 POSITIONS_STD = 0.3
-OFFSET_WEIGHT = 2.0
+OFFSET_WEIGHT, PLACE_WEIGHT = 2.0, 6.0  # of sides of a patch, and of the picture
 SCORED = 200  # held-out videos
+# SigLIP's -10 suits its batches: -log of 32,768. Few hundred videos are compared here, and no steps to get there.
+LOGIT_BIAS = -5.0
 
 _CODE = np.array([1 << 16, 1 << 8, 1])  # a pixel as one number
 
@@ -68,8 +73,8 @@ class Frames:
 def label(scene: Scene, indices: np.ndarray, side: int) -> dict[str, np.ndarray]:
     """What each patch of some frames shows.
 
-    A patch shows a thing where its middle is no farther from the thing's centre than the thing's half extent, both
-    across and down; of several, the one drawn last.
+    A patch shows a thing where its middle is no farther from the thing's centre than the thing's half extent, or half
+    a patch where that is more, both across and down; of several, the one drawn last.
 
     Args:
       scene: of the clip.
@@ -92,7 +97,7 @@ def label(scene: Scene, indices: np.ndarray, side: int) -> dict[str, np.ndarray]
         inside = scenes.during(scene, thing)[indices]
         visible = {"appears": inside, "leaves": ~inside}.get(thing.event, np.ones_like(inside))
         offset = ((scenes.path(scene, thing)[indices] + 0.5) / patch)[:, None] - middles
-        reach = SIZES[thing.size] * min(scene.width, scene.height) / patch
+        reach = np.maximum(SIZES[thing.size] * min(scene.width, scene.height) / patch, 0.5)
         shown = (abs(offset) <= reach).all(-1) & visible[:, None]
         first, second = (LOOKS["colour"].index(name) for name in (thing.colour, thing.second or thing.colour))
         values = {
@@ -185,20 +190,73 @@ def read_frames(videos: VideoStore, truth: Mapping[str, Truth], names: Sequence[
 
 
 class Seer(nnx.Module):
-    """A ViT and what is told from each patch's feature: linearly, so that the feature itself has to hold it."""
+    """A ViT and what reads its features in the models, and what is told from all of these: linearly, so that the
+    features themselves have to hold it."""
 
-    def __init__(self, config: ViTConfig, rngs: nnx.Rngs) -> None:
-        self.vit = ViT(config, rngs, Compute(dtype="float32"))
-        self.sizes = {"there": 1, "offset": 2} | {name: len(values) for name, values in LOOKS.items()}
-        self.head = Linear(rngs, ("embed", None), (config.width, sum(self.sizes.values())))
+    def __init__(self, config: BundleConfig, rngs: nnx.Rngs) -> None:
+        """Raises ValueError where the models of the configuration have not one tower."""
+        vit, compute = tower(config), Compute(dtype="float32")
+        self.vit = ViT(vit, rngs, compute)
         # Patches come in as numbers about one; a table's usual small ones would leave them all but without a place.
         self.vit.positions[...] *= POSITIONS_STD / INIT_STD
+        looks = {name: len(values) for name, values in LOOKS.items()}
+        self.of_patch = {"there": 1, "offset": 2} | looks
+        self.of_colour = {"there": 1, "place": 2, "shape": looks["shape"], "size": looks["size"]}
 
-    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """u8[B, H, W, 3] -> f32[B, P, n] each: logits of "there" and of LOOKS, and "offset" as `label` has it."""
-        features = self.vit(images)[:, int(self.vit.config.cls_token) :]
-        ends = np.cumsum([*self.sizes.values()])[:-1]
-        return dict(zip(self.sizes, jnp.split(self.head(features), ends, axis=-1), strict=True))
+        def head(width: int, count: int) -> Linear:
+            return Linear(rngs, ("embed", None), (width, count))
+
+        self.head = head(vit.width, sum(self.of_patch.values()))
+        self.readers: Any = nnx.Dict()
+        told = len(COLOURS) * sum(self.of_colour.values())
+        if config.model is not None and not config.model.qformer.vocab_size:  # else it reads sentences too
+            q = config.model.qformer
+            norm, qformer = LayerNorm(vit.width, FEATURE_NORM_EPS), QFormer(q, vit.width, rngs, compute)
+            self.readers["qformer"] = nnx.List([norm, qformer, head(q.queries * q.width, told)])
+        if config.retriever is not None and config.retriever.vit.map_head:
+            self.readers["pool"] = nnx.List([MapHead(rngs, config.retriever.vit), head(vit.width, told)])
+
+    def __call__(self, images: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        """u8[B, H, W, 3] -> what is told of "patch", f32[B, P, n] each: logits of "there" and of LOOKS, and "offset" as
+        `label` has it; and from what "qformer" and "pool" read of the frame, of each colour, f32[B, 6, n] each: logits
+        of "there", "shape" and "size", and "place" as `by_colour` has it."""
+        features = self.vit(images)
+        parts = {"patch": (self.head(features[:, int(self.vit.config.cls_token) :]), self.of_patch)}
+        for reader, (*steps, head) in self.readers.items():
+            x = features
+            for step in steps:
+                x = step(x)
+            told = head(x.reshape(len(images), -1))
+            parts[reader] = told.reshape(len(images), len(COLOURS), -1), self.of_colour
+        return {
+            reader: dict(zip(sizes, jnp.split(told, np.cumsum([*sizes.values()])[:-1], axis=-1), strict=True))
+            for reader, (told, sizes) in parts.items()
+        }
+
+    def learnt(self) -> dict[str, dict[str, jax.Array]]:
+        """Parameters by path in each model."""
+        model: dict[str, Any] = {"encoder.vit.": self.vit}
+        retriever: dict[str, Any] = {"vit.": self.vit}
+        if "qformer" in self.readers:
+            model["encoder.vit_norm."], model["encoder.qformer."], _ = self.readers["qformer"]
+        if "pool" in self.readers:
+            retriever["vit.head."], _ = self.readers["pool"]
+        return {
+            name: {prefix + path: value for prefix, part in of.items() for path, value in bundle.weights(part).items()}
+            for name, of in (("model", model), ("retriever", retriever))
+        }
+
+
+def by_colour(labels: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What frames show of each colour, from labels [B, P]: "there" bool[B, 6]; where it is one thing alone, "one"
+    bool[B, 6], "shape" and "size" i32[B, 6] and "place" f32[B, 6, 2], its centre (x, y) in sides of the picture."""
+    of = labels["centre"][..., None] & (labels["colour"][..., None] == np.arange(len(COLOURS)))
+    count, patch = of.sum(1), of.argmax(1)
+    side = math.isqrt(of.shape[1])
+    middle = jnp.stack([patch % side, patch // side], axis=-1) + 0.5
+    found = {name: jnp.take_along_axis(jnp.asarray(labels[name]), patch, axis=1) for name in ("shape", "size")}
+    offset = jnp.take_along_axis(jnp.asarray(labels["offset"]), patch[..., None], axis=1)
+    return found | {"there": count > 0, "one": count == 1, "place": (middle + offset) / side}
 
 
 def crowd(
@@ -226,17 +284,28 @@ def crowd(
     return image, shown
 
 
-def loss(told: Mapping[str, jax.Array], labels: Mapping[str, jax.Array]) -> jax.Array:
-    """f32[]: of whether a patch shows a thing, over all; and of how that looks and where it is, over those that do."""
-    there = labels["there"]
-    each = sum(optax.softmax_cross_entropy_with_integer_labels(told[name], labels[name]) for name in LOOKS)
-    each += OFFSET_WEIGHT * abs(told["offset"] - labels["offset"]).sum(-1)
-    shown = optax.sigmoid_binary_cross_entropy(told["there"][..., 0], there)
-    return shown.mean() + jnp.where(there, each, 0).sum() / jnp.maximum(there.sum(), 1)
+def loss(told: Mapping[str, Mapping[str, jax.Array]], labels: Mapping[str, jax.Array]) -> jax.Array:
+    """f32[]: of whether a patch shows a thing, and a frame one of each colour, over all; and of how that looks and
+    where it is, over those that do."""
+
+    def of(
+        told: Mapping[str, jax.Array], labels: Mapping[str, Any], looks: Sequence[str], where: str, weight: float,
+        counted: Any,
+    ) -> jax.Array:  # fmt: skip
+        each = sum(optax.softmax_cross_entropy_with_integer_labels(told[name], labels[name]) for name in looks)
+        each += weight * abs(told[where] - labels[where]).sum(-1)
+        shown = optax.sigmoid_binary_cross_entropy(told["there"][..., 0], labels["there"])
+        return shown.mean() + jnp.where(counted, each, 0).sum() / jnp.maximum(counted.sum(), 1)
+
+    total = of(told["patch"], labels, [*LOOKS], "offset", OFFSET_WEIGHT, labels["there"])
+    frame = by_colour(labels)
+    for reader in {*told} - {"patch"}:
+        total += of(told[reader], frame, ["shape", "size"], "place", PLACE_WEIGHT, frame["one"])
+    return total
 
 
-def train(config: ViTConfig, frames: Frames, steps: int, seed: int) -> Seer:
-    """Trains a new ViT on frames drawn at random; the same arguments give the same weights."""
+def train(config: BundleConfig, frames: Frames, steps: int, seed: int) -> Seer:
+    """Trains what is new on frames drawn at random; the same arguments give the same weights."""
     definition, parameters = nnx.split(nnx.jit(lambda: Seer(config, nnx.Rngs(seed)))())
     rate = optax.warmup_cosine_decay_schedule(0, PEAK_LR, math.ceil(WARMUP * steps), max(2, steps))
     rule = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(rate, b2=B2, weight_decay=WEIGHT_DECAY))
@@ -260,16 +329,21 @@ def train(config: ViTConfig, frames: Frames, steps: int, seed: int) -> Seer:
 
 def score(seer: Seer, frames: Frames) -> dict[str, float]:
     """Shares of things told right at the patch with their centre ("there": of all patches), and the mean distance in
-    pixels by which the centre is missed."""
+    pixels by which the centre is missed; and of the things that are alone of their colour, those whose shape is told
+    right by what a reader hands on of the whole frame."""
     run = nnx.jit(lambda seer, images: seer(images))
     count = len(frames.images)
     padded = np.resize(frames.images, (math.ceil(count / BATCH) * BATCH, *frames.images.shape[1:]))
     parts = [run(seer, padded[first : first + BATCH]) for first in range(0, len(padded), BATCH)]
-    told = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+    whole = jax.tree.map(lambda *each: np.concatenate(each)[:count], *parts)
+    told = whole.pop("patch")
     labels, at = frames.labels, frames.labels["centre"]
     right = {name: (told[name].argmax(-1) == labels[name])[at].mean() for name in LOOKS}
     right["there"] = ((told["there"][..., 0] > 0) == labels["there"]).mean()
     missed = np.linalg.norm((told["offset"] - labels["offset"])[at], axis=-1).mean() * seer.vit.config.patch_size
+    frame = jax.tree.map(np.asarray, by_colour(labels))
+    for reader, of in whole.items():
+        right[f"{reader}_shape"] = (of["shape"].argmax(-1) == frame["shape"])[frame["one"]].mean()
     return {name: round(float(value), 4) for name, value in (right | {"offset_pixels": missed}).items()}
 
 
@@ -331,20 +405,22 @@ def pretrain(
         raise FileExistsError(f"{out} exists; a model folder is written to a new one")
     vit = tower(config)
     truth, store = read_truth(source), VideoStore(videos)
-    learnt, held_out = divide(truth, dialogues)
+    chosen, held_out = divide(truth, dialogues)
     tokenizers = make_tokenizers(config, dialogues)
     test = read_frames(store, truth, held_out[:: math.ceil(len(held_out) / SCORED) or 1], vit)
-    frames = read_frames(store, truth, learnt, vit)
-    print(f"{len(frames.images)} frames of {len(learnt)} videos; {len(held_out)} are held out", flush=True)
-    seer = train(vit, frames, steps, seed)
+    frames = read_frames(store, truth, chosen, vit)
+    print(f"{len(frames.images)} frames of {len(chosen)} videos; {len(held_out)} are held out", flush=True)
+    seer = train(config, frames, steps, seed)
+    learnt = seer.learnt()
 
-    def begin(kind: Any, part: Any, prefix: str) -> dict[str, jax.Array] | None:
+    def begin(kind: Any, part: Any, name: str) -> dict[str, jax.Array] | None:
         if part is None:
             return None
-        new = jax.jit(lambda: bundle.weights(kind(part, nnx.Rngs(seed))))()
-        return new | {prefix + path: value for path, value in bundle.weights(seer.vit).items()}
+        return jax.jit(lambda: bundle.weights(kind(part, nnx.Rngs(seed))))() | learnt[name]
 
-    model, retriever = begin(InterLLaVA, config.model, "encoder.vit."), begin(Retriever, config.retriever, "vit.")
+    model, retriever = begin(InterLLaVA, config.model, "model"), begin(Retriever, config.retriever, "retriever")
+    if retriever is not None:
+        retriever["logit_bias"] = jnp.full_like(retriever["logit_bias"], LOGIT_BIAS)
     bundle.save(out, config, model=model, retriever=retriever, tokenizers=tokenizers)
     return score(seer, test)
 

@@ -249,7 +249,9 @@ class _Writer:
 
     def _retrieve(self, kind: str, pattern: str, clip: Clip, **words: str) -> None:
         hit = self.rng.random() >= self.miss_share or len(self.corpus.split[clip.split]) == 1
-        self.candidates = self.corpus.candidates(self.rng, clip, self.num_candidates, hit)
+        # A first stage that is asked for nearly the same finds nearly the same.
+        if not (hit and kind in ("refine", "similar") and clip.video in self.candidates):
+            self.candidates = self.corpus.candidates(self.rng, clip, self.num_candidates, hit)
         # After a miss there is no video on the table that a next question could be about.
         self.current = clip if hit else None
         # Another caption tells more than the question did; another moment's would be beside the point.

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.learning --out=DIR [--seeds=0,1] [--videos=3000] [--override=config.steps=500 ...]
 
-Makes a source (once), pretrains the tower, computes its features, trains both models, and measures on the test split:
+Makes a source (once), pretrains the tower, computes its features, trains the retriever and then both models, and
+measures on the test split:
 videos never seen, half of them of families built on combinations of colour, shape and motion that training never
 shows. Candidates come in two kinds: five of a family (the truth, and four that differ from it in one attribute each)
 with five others; and ten at random. The untrained models' figures stand beside.
@@ -144,21 +145,32 @@ def main(_: list[str]) -> None:
                 f"--out={features}",
                 "--dtype=float32",
             )
-        given = {"seed": seed, "init": str(init), "data.dialogues": str(dialogues), "data.videos": str(features)}
-        values = args.config.copy_and_resolve_references()
-        values.update_from_flattened_dict(given)
-        seconds["train"] = run(
-            "ivcr_jax.train",
-            f"--config={args.file}",
-            f"--workdir={workdir}",
-            *[f"--config.{name}={value}" for name, value in given.items()],
-            *[argument for argument in args.override],
-        )
-        config = read_config(values)
+        given = {"seed": int(seed), "data.dialogues": str(dialogues), "data.videos": str(features)}
+
+        def stage(name: str, workdir: pathlib.Path, begin: pathlib.Path, *more: str, given: dict = given) -> float:
+            return run(
+                "ivcr_jax.train",
+                f"--config={args.file}{name}",
+                f"--workdir={workdir}",
+                *[f"--config.{name}={value}" for name, value in {**given, "init": begin}.items()],
+                *more,
+            )
+
+        first = out / f"retriever{seed}"  # the same for every recipe of the second stage
+        if not first.exists():
+            seconds["retriever"] = stage(":retriever", out / f"retriever{seed}-run", init)
+            run("ivcr_jax.export", f"--workdir={out / f'retriever{seed}-run'}", f"--out={first}")
+        seconds["both"] = stage("", workdir, first, *args.override)
+
+        def config_of(begin: pathlib.Path, given: dict = given) -> TrainConfig:
+            values = args.config.copy_and_resolve_references()
+            values.update_from_flattened_dict({**given, "init": str(begin)})
+            return read_config(values)
+
         results[seed] = {
             "seconds": seconds,
-            "untrained": measure(config, mine, out, trained=False),
-            "trained": measure(config, workdir, out, trained=True),
+            "untrained": measure(config_of(init), mine, out, trained=False),
+            "trained": measure(config_of(first), workdir, out, trained=True),
         }
         print(json.dumps(results[seed]), flush=True)
     table(results)

@@ -197,7 +197,7 @@ RETRIEVER = RetrieverConfig(
 # parameters, or the outputs.
 OTHER = {
     "ViTConfig": {
-        "image_size": 12, "patch_size": 2, "width": 8, "layers": 1, "heads": 4, "mlp_width": 20,
+        "image_size": 12, "patch_size": 2, "stem": (5,), "width": 8, "layers": 1, "heads": 4, "mlp_width": 20,
         "activation": "gelu_tanh", "norm_eps": 0.1, "cls_token": False, "key_bias": True, "final_norm": True,
         "map_head": lambda value: not value, "pixel_mean": (0.5, 0.4, 0.3), "pixel_std": (0.5, 0.4, 0.3),
     },

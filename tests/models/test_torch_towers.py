@@ -20,6 +20,7 @@ from ivcr_jax.models.retriever import Retriever, RetrieverConfig, TextConfig
 from ivcr_jax.models.video_encoder import VideoEncoder, VideoEncoderConfig
 from ivcr_jax.models.vit import ViT, ViTConfig
 from tests.models import torch_reference as reference
+from tests.models.conftest import lively
 from tests.models.torch_reference import F32, assert_close, fill, randomise
 
 pytestmark = pytest.mark.torch
@@ -67,6 +68,26 @@ def test_eva_on_larger_images():
     config = dataclasses.replace(EVA, image_size=70)
     ours, theirs = noise(2, 2, 70, 70, 3)
     assert_close(run(eva(config, tower), ours), reference.eva_features(tower, theirs, interpolate_pos_encoding=True))
+
+
+def test_a_stem_is_convolutions():
+    config = ViTConfig(
+        image_size=16, patch_size=8, stem=(5, 7), width=12, layers=1, heads=2, mlp_width=8, cls_token=False
+    )
+    vit = lively(lambda: ViT(config, nnx.Rngs(0), F32))
+    for linear in (vit.blocks.attention.out, vit.blocks.mlp.down):  # a layer that adds nothing
+        linear.kernel[...], linear.bias[...] = 0 * linear.kernel[...], 0 * linear.bias[...]
+    ours, theirs = noise(2, 2, 16, 16, 3)
+    theirs = theirs.permute(0, 3, 1, 2)
+
+    def kernel(linear, size):
+        weights = torch.from_numpy(np.array(linear.kernel[...])).reshape(size, size, -1, linear.kernel.shape[-1])
+        return weights.permute(3, 2, 0, 1), torch.from_numpy(np.array(linear.bias[...]))
+
+    for linear in vit.stem:
+        theirs = torch.nn.functional.gelu(torch.nn.functional.conv2d(theirs, *kernel(linear, 3), stride=2, padding=1))
+    expected = torch.nn.functional.conv2d(theirs, *kernel(vit.patch, 2), stride=2).flatten(2).transpose(1, 2)
+    assert_close(run(vit, ours), expected + torch.from_numpy(np.array(vit.positions[...])))
 
 
 def test_pixels_are_normalised_like_clip_and_siglip():

@@ -40,7 +40,7 @@ def test_a_step_is_pytorchs(clip):
         {"params": [theirs[path]], "weight_decay": 0.3 if axes[path] > 1 else 0.0, "factor": factor}
         for path, factor in trained.items()
     ]
-    adam = torch.optim.AdamW(groups, lr=1.0, betas=(config.b1, config.b2), eps=config.eps)
+    adam = torch.optim.AdamW(groups, lr=1.0, betas=(optim.B1, config.b2), eps=optim.EPS)
     rate = optim.schedule(config, steps)
     rule = optim.make(config, steps, trained, axes)
     params = {path: jnp.asarray(value) for path, value in begin.items()}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivcr_jax import bundle, train
+from ivcr_jax import bundle, optim, train
 from ivcr_jax.data import packing
 from ivcr_jax.data.store import DialogueStore, VideoStore
 from ivcr_jax.losses import LossConfig
@@ -65,7 +65,7 @@ def gradients(world):
         state, numbers = step(program, state, frozen, rows_of(world, program.config, rows))
         # After one step the first moment is a fixed share of the gradient.
         (moments,) = (part.mu for part in state.optimizer if hasattr(part, "mu"))
-        return numbers, {path: np.asarray(mu) / (1 - program.config.optim.b1) for path, mu in moments.items()}
+        return numbers, {path: np.asarray(mu) / (1 - optim.B1) for path, mu in moments.items()}
 
     return compute
 
