@@ -51,11 +51,12 @@ def _vit(prefix: str, config: ViTConfig, images: int) -> list[_Part]:
     """The patches' projection and the layers; the pooling head is none of it."""
     length = config.patches + config.cls_token
     widths, pixels = (3, *config.stem), config.image_size**2
-    stem = sum(2 * 9 * a * b * pixels / 4**n for n, (a, b) in enumerate(itertools.pairwise(widths), start=1))
-    patch = images * (stem + 2 * widths[-1] * pixels / 4 ** len(config.stem) * config.width)
+    stem = [2 * 9 * a * b * pixels / 4**n for n, (a, b) in enumerate(itertools.pairwise(widths), start=1)]
+    first, *more = (images * each for each in (*stem, 2 * widths[-1] * pixels / 4 ** len(stem) * config.width))
     layers = _transformer(images * length, length, config.width, config.mlp_width, config.layers)
     return [
-        _Part(rf"{prefix}\.(stem|patch|cls|positions).*", patch, shallow=True),
+        _Part(rf"{prefix}\.(stem|patch|cls|positions).*", first, shallow=True),
+        *(_Part(rf"{prefix}\.(stem|patch|cls|positions).*", each) for each in more),
         _Part(rf"{prefix}\.(?!head\.).*", *layers),
     ]
 
@@ -88,7 +89,7 @@ def _parts(config: TrainConfig, frame_text: int, features: bool) -> list[list[_P
         frame_states = turns * data.frames
         head, scores = _transformer(frame_states, data.frames, f, 4 * f, m.moment.layers)
         head += frames * q.queries * 2 * q.width * 2 * f + turns * 2 * d * 2 * f
-        head += tokens * 2 * d * 2 * e + turns * data.max_candidates * 2 * 3 * e * e + turns * 2 * d * e
+        head += tokens * 2 * d * 2 * e + turns * 2 * (d + e) * e + turns * data.max_candidates * 2 * 2 * e * e
         projection = windows * v.queries * 2 * v.width * d
         lora = c.layers * tokens * adapted * 2 * 2 * d * m.lora.rank
         decoder = c.layers * tokens * 2 * layer, c.layers * tokens * 2 * s * k * c.heads

@@ -51,7 +51,7 @@ def traced(config, features, *, step):
         return products(jax.make_jaxpr(program._train_step)(program.state, program.frozen, batch).jaxpr)
 
     def forward(params, frozen, batch):
-        return program._sums(program.merge(params, frozen), batch, None)
+        return program._apply(program.merge(params, frozen), batch, None)[0]
 
     return products(jax.make_jaxpr(forward)(program.state.params, program.frozen, batch).jaxpr)
 
@@ -102,7 +102,8 @@ LORA = ((r"model\.llama\..*\.lora\..*", 1.0), (r"model\.llama\..*", 0.0), (r".*\
 def test_a_step_is_what_jax_traces(rules, features):
     """With its backward pass: nothing for what is frozen and has nothing trained before it."""
     model = dataclasses.replace(TINY.model, lora=LoraConfig(rank=4 if rules is LORA else 0))
-    config = dataclasses.replace(TINY, model=model, optim=dataclasses.replace(TINY.optim, rules=rules))
+    compute = dataclasses.replace(TINY.compute, attention="xla")  # of "auto", the ways of all platforms are traced
+    config = dataclasses.replace(TINY, model=model, optim=dataclasses.replace(TINY.optim, rules=rules), compute=compute)
     program = Program(config, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
     head = 2 * config.data.batch_size * config.data.seq_len * 128 * (tiny.VOCAB + 5)  # logits are computed twice
     found = traced(config, features, step=True) - head
@@ -111,7 +112,9 @@ def test_a_step_is_what_jax_traces(rules, features):
 
 def test_a_text_tower_by_hand():
     """One layer of width 4 over 2 words, an MLP of 8, in a batch of one turn; and a video of one frame of one patch."""
-    vit = dataclasses.replace(TINY.retriever.vit, image_size=8, patch_size=8, width=4, heads=1, layers=1, mlp_width=8)
+    vit = dataclasses.replace(
+        TINY.retriever.vit, image_size=8, patch_size=8, stem=(), width=4, heads=1, layers=1, mlp_width=8
+    )
     text = dataclasses.replace(TINY.retriever.text, max_tokens=2, width=4, heads=1, layers=1, mlp_width=8)
     retriever = dataclasses.replace(TINY.retriever, vit=dataclasses.replace(vit, map_head=False), text=text)
     data = dataclasses.replace(TINY.data, batch_size=1, video_slots=1, max_turns=1, frames=1)
