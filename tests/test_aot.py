@@ -100,7 +100,12 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert found["outside_scans"] == {"bytes": 64, "shape": "f32[16]"}
 
 
-SMALL = ("--config=configs/tiny.py", "--config.compute.attention=xla", "--config.losses.contrastive=0.0")
+SMALL = (
+    "--config=configs/tiny.py",
+    "--config.compute.attention=xla",
+    "--config.losses.contrastive=0.0",
+    "--config.model.rank.first_stage=False",
+)
 
 
 @pytest.mark.aot
