@@ -77,7 +77,7 @@ def same(found, expected):
     for name in LOSSES:
         assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5), name
     assert sorted(found[1]) == sorted(expected[1])
-    # A part's backward pass rounds as its largest numbers do: what is left of them where they cancel has that error too.
+    # A part rounds as its largest numbers do, and what is left where they cancel has that error too.
     scales: dict[str, float] = {}
     for path, gradient in expected[1].items():
         part = ".".join(path.split(".")[:2])
