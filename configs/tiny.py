@@ -45,10 +45,13 @@ VIT = ViTConfig(
     pixel_std=(0.2, 0.2, 0.2),
 )
 VOCAB = 1200
+STEPS = {"retriever": 200, "both": 150, "long-retriever": 1200, "long": 1500}
 
 
 def config(stage: str = "both") -> TrainConfig:
-    """The configuration, typed. Stages: "retriever", then "both"."""
+    """The configuration, typed, of a stage in STEPS. Raises ValueError where it is another."""
+    if stage not in STEPS:
+        raise ValueError(f"configs/tiny.py: found stage {stage!r}, expected one of {', '.join(STEPS)}")
     model = InterLLaVAConfig(
         vit=VIT,
         qformer=QFormerConfig(
@@ -69,7 +72,7 @@ def config(stage: str = "both") -> TrainConfig:
         frame_layers=1,
         max_frames=12,
     )
-    alone = stage == "retriever"
+    alone = stage.endswith("retriever")
     return TrainConfig(
         model=model,
         retriever=retriever,
@@ -77,11 +80,14 @@ def config(stage: str = "both") -> TrainConfig:
         compute=Compute(dtype="float32"),
         mesh=MeshConfig(data=-1, fsdp=1),
         data=DataConfig(
-            seq_len=512,
+            # The retriever's negatives are all videos of a batch, so a turn need not bring ten of its own. Rows are as
+            # long as it takes to fill the videos' slots: without the decoder they cost nothing.
+            seq_len=2048 if alone else 512,
+            max_turns=20 if alone else 6,
+            max_candidates=2 if alone else 10,
+            batch_size=16 if alone else 8,
             video_slots=20,
-            max_turns=6,
             frames=12,
-            batch_size=32 if alone else 8,
             keep_chat=False,
             threads=2,
         ),
@@ -97,10 +103,10 @@ def config(stage: str = "both") -> TrainConfig:
         ),
         eval=EvalConfig(every=100, batches=16),
         checkpoint=CheckpointConfig(every=100),
-        steps=180 if alone else 200,
+        steps=STEPS[stage],
     )
 
 
 def get_config(stage: str = "both") -> ConfigDict:
-    """The configuration of a stage."""
+    """The configuration of a stage. Raises ValueError where there is no such stage."""
     return ConfigDict(to_dict(config(stage)))

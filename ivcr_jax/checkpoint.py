@@ -164,7 +164,8 @@ class Checkpoints:
     def _failed(self, error: Exception) -> OSError:
         whole = [found for found in ocp.utils.checkpoint_steps(self._folder) if found != self._saving]
         newest = f"the newest whole checkpoint is of step {max(whole)}" if whole else "there is no whole checkpoint"
-        reason = " ".join(str(error).split())[:300]
+        # TensorStore names a file twice before it says what is wrong.
+        reason = " ".join(str(error).split()).replace(f"{self._folder}/", "")[:300]
         return OSError(
             f"{self._folder}: saving at step {self._saving} failed ({reason}); {newest}, and starting again resumes"
         )

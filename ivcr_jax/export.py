@@ -37,12 +37,12 @@ def export(workdir: epath.PathLike, out: epath.PathLike) -> int:
       ValueError: no checkpoint can be read, or the run trained on frozen weights of another folder than it names now.
     """
     workdir = epath.Path(workdir)
-    path = workdir / train.CONFIG
-    if not path.exists() or not (workdir / FOLDER).is_dir():
+    recipe = workdir / train.CONFIG
+    if not recipe.exists() or not (workdir / FOLDER).is_dir():
         raise FileNotFoundError(f"{workdir} holds no {train.CONFIG} and {FOLDER}; expected the workdir of a run")
     if epath.Path(out).exists():
         raise FileExistsError(f"{out} exists; a model folder is written to a new one")
-    config = from_dict(TrainConfig, json.loads(path.read_text()))
+    config = from_dict(TrainConfig, json.loads(recipe.read_text()))
     # The devices of this machine, whatever the run had. Batches are not read.
     data = dataclasses.replace(config.data, batch_size=jax.device_count())
     config = dataclasses.replace(config, mesh=MeshConfig(), accumulate=1, data=data)

@@ -288,20 +288,26 @@ def loss(told: Mapping[str, Mapping[str, jax.Array]], labels: Mapping[str, jax.A
     """f32[]: of whether a patch shows a thing, and a frame one of each colour, over all; and of how that looks and
     where it is, over those that do."""
 
-    def of(
-        told: Mapping[str, jax.Array], labels: Mapping[str, Any], looks: Sequence[str], where: str, weight: float,
-        counted: Any,
-    ) -> jax.Array:  # fmt: skip
-        each = sum(optax.softmax_cross_entropy_with_integer_labels(told[name], labels[name]) for name in looks)
-        each += weight * abs(told[where] - labels[where]).sum(-1)
-        shown = optax.sigmoid_binary_cross_entropy(told["there"][..., 0], labels["there"])
-        return shown.mean() + jnp.where(counted, each, 0).sum() / jnp.maximum(counted.sum(), 1)
-
-    total = of(told["patch"], labels, [*LOOKS], "offset", OFFSET_WEIGHT, labels["there"])
     frame = by_colour(labels)
-    for reader in {*told} - {"patch"}:
-        total += of(told[reader], frame, ["shape", "size"], "place", PLACE_WEIGHT, frame["one"])
+    total = _told_loss(told["patch"], labels, ("offset", OFFSET_WEIGHT), [*LOOKS], labels["there"])
+    for reader in sorted({*told} - {"patch"}):
+        total += _told_loss(told[reader], frame, ("place", PLACE_WEIGHT), ["shape", "size"], frame["one"])
     return total
+
+
+def _told_loss(
+    told: Mapping[str, jax.Array],
+    labels: Mapping[str, Any],
+    where: tuple[str, float],
+    looks: Sequence[str],
+    of: jax.Array,
+) -> jax.Array:
+    """f32[]: "there" over all; over those `of` marks, looks and a place by name and weight."""
+    name, weight = where
+    each = sum(optax.softmax_cross_entropy_with_integer_labels(told[look], labels[look]) for look in looks)
+    each += weight * abs(told[name] - labels[name]).sum(-1)
+    shown = optax.sigmoid_binary_cross_entropy(told["there"][..., 0], labels["there"])
+    return shown.mean() + jnp.where(of, each, 0).sum() / jnp.maximum(of.sum(), 1)
 
 
 def train(config: BundleConfig, frames: Frames, steps: int, seed: int) -> Seer:

@@ -84,7 +84,7 @@ def _splash(
 
 
 def _call(q: jax.Array, k: jax.Array, v: jax.Array, marks: jax.Array, run: Callable[..., jax.Array]) -> jax.Array:
-    """`run` over rows and heads, with i32[B, S, ...]; on a mesh each device runs its own rows and heads."""
+    """`run` over rows and heads, with marks [B, ...]; on a mesh each device runs its own rows and heads."""
     group = q.shape[2] // k.shape[2]
     q = q.reshape(*q.shape[:2], k.shape[2], group, q.shape[3]).transpose(0, 2, 3, 1, 4)  # [B, G, H / G, S, K]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)

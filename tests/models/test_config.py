@@ -58,7 +58,7 @@ def test_the_published_sizes(published):
 PRESETS = {
     "configs/interllava_7b.py": lambda: interllava_7b.get_config(),
     "configs/interllava_7b.py:published": lambda: interllava_7b.get_config("published"),
-    "configs/tiny.py": tiny.get_config,
+    **{f"configs/tiny.py:{stage}": functools.partial(tiny.get_config, stage) for stage in tiny.STEPS},
     **{
         f"configs/interllava_7b.py:{chip}:{key}": functools.partial(interllava_7b.get_config, f"{chip}:{key}")
         for chip, settings in hardware.CHIPS.items()
@@ -102,6 +102,8 @@ def test_presets_are_what_they_say():
     small = BundleConfig.from_values(tiny.get_config().to_dict())
     made = nnx.eval_shape(lambda: InterLLaVA(small.model, nnx.Rngs(0)))
     assert 1.1e6 < count_parameters(made) < 1.4e6
+    with pytest.raises(ValueError, match="found stage 'all', expected one of retriever, both, long-retriever, long"):
+        tiny.get_config("all")
     with pytest.raises(ValueError, match="retriever.py:other; expected nothing or :tiny"):
         retriever.get_config("other")
     with pytest.raises(ValueError, match="no settings for 'v5e:3x3'; expected one of v5e:4x4, v5e:4x4:frames"):
