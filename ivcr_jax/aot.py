@@ -3,7 +3,8 @@
     python -m ivcr_jax.aot --config=configs/interllava_7b.py:v5e:16x16 --topology=v5e:16x16 [--num_slices=2]
 
 The real XLA:TPU compiler runs on this machine's CPU. The last line printed is a JSON object; the exit status is 1 where
-a step does not fit the chips' memory. It makes no array and reads no data.
+a step does not fit the chips' memory. It makes no array and reads no data. JAX_OPTIMIZATION_LEVEL=O1 in the environment
+asks the compiler for less effort: an answer in less time, of a program that takes rather more memory than less.
 """
 
 import collections
@@ -162,19 +163,24 @@ def collectives(hlo: str) -> dict[str, Any]:
     runs: collections.Counter[str] = collections.Counter()
     scanned: set[str] = set()
 
+    def trips(line: str, condition: str) -> int:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        # XLA:TPU does not write it; its loops count up from 0 to the one constant of their condition.
+        limits = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", "\n".join(bodies[condition][0]))
+        return int(known.group(1)) if known else int(limits[0]) if len(limits) == 1 else 1
+
     def walk(name: str, times: int, inside: bool) -> None:
         runs[name] += times
         if inside:
             scanned.add(name)
         for line in bodies[name][0]:
-            loop = re.search(r"\bwhile\(.*body=%?([\w.\-]+)", line)
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            loop = re.search(r"\bwhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             called = (
-                [loop.group(1)] if loop else re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
+                [loop.group(2)] if loop else re.findall(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
             )
             for other in called:
                 if other in bodies:
-                    walk(other, times * (int(trips.group(1)) if loop and trips else 1), inside or bool(loop))
+                    walk(other, times * trips(line, loop.group(1)) if loop else times, inside or bool(loop))
 
     walk(entry, 1, False)
     found: dict[str, Any] = {kind: {"count": 0, "bytes": 0} for kind in COLLECTIVES}
@@ -227,6 +233,7 @@ def report(config: TrainConfig, topology: str, slices: int, features: bool, deco
         "mesh": dict(mesh.shape),
         "input": "features" if features else "frames",
         "hbm_bytes": int(hbm),
+        "optimization_level": str(jax.config.jax_optimization_level),
         "flops_a_step": work,
         "flops_a_step_and_chip": work / len(devices),
         "train": measure(lower_train(config, mesh, features), hbm),

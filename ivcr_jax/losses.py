@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ivcr_jax.models.heads import Moments, frame_cells
 from ivcr_jax.models.interllava import Output
-from ivcr_jax.models.layers import over_chunks
+from ivcr_jax.models.layers import of_each_row, over_chunks
 from ivcr_jax.models.retriever import Retriever
 from ivcr_jax.sharding import row_axes
 
@@ -138,9 +138,8 @@ def moment(moments: Moments, batch: Batch) -> Sums:
     moment_l1: mean of |error| of start and end, over the duration. moment_iou: 1 - generalised IoU. Both of the
       expected start and end.
     """
-    rows = jnp.arange(len(batch["moment_slots"]))[:, None]
     slots = jnp.maximum(batch["moment_slots"], 0)
-    times, mask, durations = (batch[name][rows, slots] for name in ("frame_times", "frame_mask", "durations"))
+    times, mask, durations = (of_each_row(batch[name], slots) for name in ("frame_times", "frame_mask", "durations"))
     span = batch["moment_spans"]
     begins, ends = frame_cells(times, mask, durations)
     far = jnp.where(mask, 0, jnp.inf)

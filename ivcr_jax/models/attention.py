@@ -90,9 +90,9 @@ def _call(q: jax.Array, k: jax.Array, v: jax.Array, marks: jax.Array, run: Calla
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-
+        # Axes of one device too: over one that is not named the backward pass sums, and XLA keeps a sum over one.
         def share(name: str, size: int) -> tuple[str, ...] | None:
-            axes = tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
+            axes = tuple(axis for axis in RULES[name] if axis in mesh.shape)
             return axes if axes and size % np.prod([mesh.shape[axis] for axis in axes]) == 0 else None
 
         rows, heads = share("batch", len(q)), share("act_heads", k.shape[1])

@@ -15,7 +15,7 @@ from flax import nnx
 
 from ivcr_jax.models import lora
 from ivcr_jax.models.heads import MomentHead, MomentHeadConfig, Moments, RankHead, RankHeadConfig
-from ivcr_jax.models.layers import Compute, over_chunks, split_key
+from ivcr_jax.models.layers import Compute, of_each_row, over_chunks, split_key
 from ivcr_jax.models.llama import KVCache, Llama, LlamaConfig
 from ivcr_jax.models.lora import LoraConfig
 from ivcr_jax.models.qformer import QFormerConfig
@@ -96,13 +96,9 @@ class InterLLaVA(nnx.Module):
         videos = self.encode(batch, keys[0])
         slots = jnp.maximum(batch["video_slots"], 0)
         visual = batch["video_slots"] >= 0
-        rows = np.arange(len(slots))[:, None]
-        there = videos.mask[rows, slots, batch["video_offsets"]]
-        x = jnp.where(
-            visual[..., None],
-            videos.tokens[rows, slots, batch["video_offsets"]],
-            self.llama.embed(batch["tokens"]),
-        )
+        there = of_each_row(videos.mask, slots, batch["video_offsets"])
+        tokens = of_each_row(videos.tokens, slots, batch["video_offsets"])
+        x = jnp.where(visual[..., None], tokens, self.llama.embed(batch["tokens"]))
         hidden, _ = self.llama(
             x,
             batch["positions"],
@@ -110,7 +106,7 @@ class InterLLaVA(nnx.Module):
             self.blocks(batch["video_slots"]),
             key=keys[1],
         )
-        states = hidden[rows, batch["turn_states"]]
+        states = of_each_row(hidden, batch["turn_states"])
         width = videos.tokens.shape[2]
         scores = self._rank(states, hidden, visual & there, batch["candidate_blocks"], width, first)
         return Output(hidden, scores, self._moment(states, videos.frames, batch))
@@ -161,22 +157,20 @@ class InterLLaVA(nnx.Module):
         first: jax.Array | None,
     ) -> jax.Array:
         """states f[B, R, D], hidden f[B, S, D], there bool[B, S], blocks i32[B, R, C] -> f32[B, R, C]."""
-        rows = np.arange(len(hidden))[:, None, None, None]
         index = blocks[..., None] + np.arange(width)
         present = (blocks >= 0)[..., None]
         index = jnp.where(present, index, 0)
         keys = self.rank.keys(hidden)  # before they are gathered: far narrower than the states
-        return self.rank(states, keys[rows, index], there[rows, index] & present, first)
+        return self.rank(states, of_each_row(keys, index), of_each_row(there, index) & present, first)
 
     def _moment(self, states: jax.Array, frames: jax.Array, batch: Mapping[str, jax.Array]) -> Moments:
         """states f[B, R, D], frames f[B, V, T, Q, F] -> moments of [B, R, T]."""
         shape = states.shape[:2]
-        rows = np.arange(len(frames))[:, None]
         slots = jnp.maximum(batch["moment_slots"], 0)
 
         def flat(x: jax.Array) -> jax.Array:
             return x.reshape(shape[0] * shape[1], *x.shape[2:])
 
         of_turn = [self.moment.keys(frames), batch["frame_times"], batch["frame_mask"], batch["durations"]]
-        moments = self.moment(flat(states), *(flat(x[rows, slots]) for x in of_turn))
+        moments = self.moment(flat(states), *(flat(of_each_row(x, slots)) for x in of_turn))
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), moments)

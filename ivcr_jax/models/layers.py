@@ -80,6 +80,15 @@ def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
+def of_each_row(x: jax.Array, *index: jax.Array) -> jax.Array:
+    """What each row has at its own places: x f[B, N, ...] and i32[B, ...] of each axis -> x[b][index[b]] of every b.
+
+    Rows are a batch axis of this gather. Were they indexed by their numbers too, x[rows, index], XLA would gather the
+    rows of all devices on each.
+    """
+    return jax.vmap(lambda x, *index: x[index])(x, *index)
+
+
 class Linear(nnx.Module):
     """x f[..., I] -> f[..., O]: x W + b. `lora.add` may put a low-rank addition beside the kernel."""
 

@@ -125,8 +125,9 @@ class KVCache:
 
 def put(buffer: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
     """buffer[b, places[b, s]] = new[b, s]; places past the end are dropped."""
-    rows = jnp.arange(len(buffer))[:, None]
-    return buffer.at[rows, places].set(new.astype(buffer.dtype), mode="drop")
+    return jax.vmap(lambda row, places, new: row.at[places].set(new, mode="drop"))(
+        buffer, places, new.astype(buffer.dtype)
+    )
 
 
 def rotary(positions: jax.Array, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
