@@ -233,7 +233,7 @@ def report(config: TrainConfig, topology: str, slices: int, features: bool, deco
         "mesh": dict(mesh.shape),
         "input": "features" if features else "frames",
         "hbm_bytes": int(hbm),
-        "optimization_level": str(jax.config.jax_optimization_level),
+        "optimization_level": os.environ.get("JAX_OPTIMIZATION_LEVEL", "UNKNOWN"),
         "flops_a_step": work,
         "flops_a_step_and_chip": work / len(devices),
         "train": measure(lower_train(config, mesh, features), hbm),
