@@ -1,6 +1,6 @@
 """How the full-size configurations lie on the chips they were compiled for: mesh, remat, accumulation, batch.
 
-One module a chip. Each figure beside an entry is what `python -m ivcr_jax.aot` gave for it.
+One module a chip. What `python -m ivcr_jax.aot` gave for them is in docs/training.md.
 """
 
 import dataclasses
