@@ -1,10 +1,11 @@
 """A whole dialogue model and its first stage, 2 million parameters, for a CPU: 48-pixel frames, 12 of them a video.
 
-    python -m ivcr_jax.train --config=configs/tiny.py[:retriever] --workdir=RUN --config.init=INIT \\
+    python -m ivcr_jax.train --config=configs/tiny.py[:STAGE] --workdir=RUN --config.init=INIT \\
       --config.data.dialogues=DATA/ivcr200k --config.data.videos=FEATURES
 
 with INIT from `ivcr_jax.pretrain` and FEATURES from `ivcr_jax.encode` (docs/training.md). The retriever alone learns
-from five times as many queries a second, so it goes first; both go on from what `ivcr_jax.export` makes of its run.
+from ten times as many queries a second, so it goes first (stage "retriever"); both go on (stage "both") from what
+`ivcr_jax.export` makes of its run. The stages "long-retriever" and "long" are the same for an hour.
 """
 
 import dataclasses

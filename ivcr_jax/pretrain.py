@@ -5,9 +5,8 @@
 
 A short training on single frames of the synthetic source stands in for those that EVA, BLIP-2's Q-Former and SigLIP2
 went through. It writes a model folder: this ViT in both models, the image Q-Former of the one, the pooling head of the
-other, a tokenizer for each, all else as new. It knows what the generator drew,
-and must not know what is said of it: of the dialogues it takes the words, for the tokenizer, and which videos are held
-out. It learns from no frame of those.
+other, a tokenizer for each, all else as new. It knows what the generator drew, and must not know what is said of it:
+of the dialogues it takes the words, for the tokenizer, and which videos are held out. It learns from no frame of those.
 """
 
 import concurrent.futures
