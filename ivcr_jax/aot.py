@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
-from ivcr_jax import flops
+from ivcr_jax import command, flops
 from ivcr_jax.data.packing import BatchShape, empty_batch
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.llama import KVCache
@@ -249,8 +249,7 @@ def _steps(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def main(argv: list[str]) -> None:
     """Compiles as the flags say."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    command.refuse_arguments(argv)
     args = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
     try:

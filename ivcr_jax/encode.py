@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ivcr_jax import bundle, distributed
+from ivcr_jax import bundle, command, distributed
 from ivcr_jax.config import to_dict
 from ivcr_jax.data import store
 from ivcr_jax.models.interllava import InterLLaVA
@@ -303,8 +303,7 @@ def _define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    command.refuse_arguments(argv)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     args = flags.FLAGS
     try:

@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
-from ivcr_jax import bundle, train
+from ivcr_jax import bundle, command, train
 from ivcr_jax.checkpoint import FOLDER, Checkpoints
 from ivcr_jax.config import from_dict
 from ivcr_jax.sharding import MeshConfig, make_mesh
@@ -76,10 +76,8 @@ def export(workdir: epath.PathLike, out: epath.PathLike) -> int:
 
 def main(argv: list[str]) -> None:
     """Writes a model folder from a run."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    command.refuse_arguments(argv)
+    command.quiet()
     try:
         step = export(flags.FLAGS.workdir, flags.FLAGS.out)
     except (ValueError, OSError) as error:

@@ -28,7 +28,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import config_flags
 
-from ivcr_jax import bundle
+from ivcr_jax import bundle, command
 from ivcr_jax.bundle import BundleConfig
 from ivcr_jax.data import scenes
 from ivcr_jax.data.dialogue import Turn, video_id
@@ -443,8 +443,7 @@ def _define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    command.refuse_arguments(argv)
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     args = flags.FLAGS
     try:

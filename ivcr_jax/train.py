@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from ivcr_jax import bundle, distributed, encode, flops, validation
+from ivcr_jax import bundle, command, distributed, encode, flops, validation
 from ivcr_jax.checkpoint import FOLDER, Checkpoints
 from ivcr_jax.config import listed, to_dict
 from ivcr_jax.data.manifest import atomic
@@ -326,10 +326,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    command.refuse_arguments(argv)
+    command.quiet()
     try:
         distributed.start()
         train(read_config(flags.FLAGS.config), flags.FLAGS.workdir)

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags
 from etils import epath
 
+from ivcr_jax import command
 from ivcr_jax.data import manifest, source, store
 from tfds_builder.ivcr200k_videos.ivcr200k_videos_dataset_builder import VideosConfig
 
@@ -69,8 +70,7 @@ def _define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    command.refuse_arguments(argv)
     args = flags.FLAGS
     try:
         path = build(

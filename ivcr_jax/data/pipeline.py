@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
+from ivcr_jax import command
 from ivcr_jax.config import listed
 from ivcr_jax.data import packing
 from ivcr_jax.data.dialogue import Dialogue
@@ -352,8 +353,7 @@ def _define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Packs a split, says what became of it, and shows one row in words."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    command.refuse_arguments(argv)
     args = flags.FLAGS
     dialogues = DialogueStore(args.dialogues, args.split)
     if args.tokenizer:
