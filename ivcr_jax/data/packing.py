@@ -137,7 +137,7 @@ def make_plan(
 
     Raises:
       ValueError: for a tokenizer that does not write each digit as one token (lengths could not be bounded), or
-        where nothing fits.
+        where nothing fits or nothing is left without chat.
     """
     if not tokenizer.splits_digits():
         raise ValueError(
@@ -147,6 +147,8 @@ def make_plan(
     entries: list[manifest.Entry] = []
     train = seed is not None
     measured = list(_measure(dialogues, videos, tokenizer, config, keep_chat, train, threads, entries))
+    if not measured and not entries:
+        raise ValueError(f"each of the {len(dialogues)} dialogues is plain chat; expected keep_chat or other dialogues")
     if not measured:
         raise ValueError(
             f"none of the {len(dialogues)} dialogues fits a row of {config.seq_len} positions, "

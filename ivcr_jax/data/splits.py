@@ -16,7 +16,8 @@ def carve(truths: Mapping[str, Sequence[str]], share: float) -> tuple[set[str], 
     a few giant groups hold nearly everything (videos link dialogues, dialogues link videos), that finds too little;
     then a neighbourhood is cut out of the largest group: videos are added outward from one chosen by hash, a
     dialogue whose videos all lie inside becomes validation, and one that straddles the border is left out of both.
-    The budget counts what is left out too. Dialogues without a ground truth (chat) are taken by their own hash.
+    The budget counts what is left out too. Of the dialogues without a ground truth (chat) the same share is taken, by
+    their own hash, and no more: they would fill the budget of a corpus whose videos are all linked.
 
     Args:
       truths: dialogue id -> its ground-truth video ids.
@@ -25,7 +26,8 @@ def carve(truths: Mapping[str, Sequence[str]], share: float) -> tuple[set[str], 
     Returns:
       (ids that become validation, ids left out).
     """
-    budget = int(share * len(truths))
+    chat = [dialogue for dialogue, videos in truths.items() if not videos]
+    budget = int(share * (len(truths) - len(chat)))
     groups: dict[str, list[str]] = collections.defaultdict(list)
     parent: dict[str, str] = {}
 
@@ -41,21 +43,21 @@ def carve(truths: Mapping[str, Sequence[str]], share: float) -> tuple[set[str], 
             a, b = find(videos[0]), find(video)
             parent[max(a, b)] = min(a, b)
     for dialogue, videos in truths.items():
-        # A chat dialogue is a group of its own; the mark keeps its name apart from a video's.
-        groups[find(videos[0]) if videos else f"\0{dialogue}"].append(dialogue)
+        if videos:
+            groups[find(videos[0])].append(dialogue)
 
     validation: set[str] = set()
     for root in sorted(groups, key=_hash):
         if len(validation) + len(groups[root]) <= budget:
             validation.update(groups[root])
     left_out: set[str] = set()
-    if len(validation) < budget // 2:
+    if groups and len(validation) < budget // 2:
         largest = max(groups, key=lambda root: (len(groups[root]), _hash(root)))
         inside, left_out = _cut_out(
             {dialogue: set(truths[dialogue]) for dialogue in groups[largest]}, budget - len(validation)
         )
         validation |= inside
-    return validation, left_out
+    return validation | set(sorted(chat, key=_hash)[: int(share * len(chat))]), left_out
 
 
 def _cut_out(truths: Mapping[str, set[str]], budget: int) -> tuple[set[str], set[str]]:

@@ -20,14 +20,14 @@ import time
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
 from ivcr_jax import train, validation
 from ivcr_jax.checkpoint import Checkpoints
+from ivcr_jax.config import from_dict
 from ivcr_jax.data import compose, synth
 from ivcr_jax.data.dialogue import LANGUAGES
 from ivcr_jax.sharding import make_mesh
-from ivcr_jax.training import Program, TrainConfig, read_config
+from ivcr_jax.training import Program, TrainConfig
 from tfds_builder.build import build
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -167,15 +167,15 @@ def main(_: list[str]) -> None:
             run("ivcr_jax.export", f"--workdir={before}", f"--out={first}")
         seconds["both"] = stage(":long" if args.long else "", workdir, first, *args.override)
 
-        def config_of(begin: pathlib.Path, given: dict = given) -> TrainConfig:
-            values = args.config.copy_and_resolve_references()
-            values.update_from_flattened_dict({**given, "init": str(begin)})
-            return read_config(values)
-
+        config = from_dict(TrainConfig, json.loads((workdir / "train.json").read_text()))
+        untrained = out / f"untrained{seed}{length}.json"  # nor do these differ
+        if not untrained.exists():
+            begin = dataclasses.replace(config, init=str(init))
+            untrained.write_text(json.dumps(measure(begin, mine, out, trained=False)))
         results[seed] = {
             "seconds": seconds,
-            "untrained": measure(config_of(init), mine, out, trained=False),
-            "trained": measure(config_of(first), workdir, out, trained=True),
+            "untrained": json.loads(untrained.read_text()),
+            "trained": measure(config, workdir, out, trained=True),
         }
         print(json.dumps(results[seed]), flush=True)
     table(results)
@@ -204,5 +204,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("videos", 3000, "Of the source.")
     flags.DEFINE_integer("interactions", 20000, "Of the source.")
     flags.DEFINE_multi_string("override", [], "--config.field=value, handed on to the training command.")
-    config_flags.DEFINE_config_file("config", "configs/tiny.py", "The same file.")
     app.run(main)

@@ -258,12 +258,14 @@ def test_plain_chat_can_be_left_out(stores, tmp_path):
     dialogues, videos, tokenizer = stores
 
     class Chat:
+        every = 2
+
         def __len__(self):
             return len(dialogues)
 
         def __getitem__(self, record):
             dialogue = dialogues[record]
-            if record % 2:
+            if record % self.every:
                 return dialogue
             turns = tuple(
                 dataclasses.replace(turn, intent=Intent.CHAT, video_id="", candidates=(), span=None)
@@ -275,6 +277,9 @@ def test_plain_chat_can_be_left_out(stores, tmp_path):
     without = plan_of((Chat(), videos, tokenizer), keep_chat=False)
     assert sorted(with_chat.items[:, 0].tolist()) == list(range(len(dialogues)))
     assert sorted(without.items[:, 0].tolist()) == list(range(1, len(dialogues), 2))
+    Chat.every = 1
+    with pytest.raises(ValueError, match=f"each of the {len(dialogues)} dialogues is plain chat"):
+        plan_of((Chat(), videos, tokenizer), keep_chat=False)
 
 
 def test_a_tokenizer_that_joins_digits_is_refused(stores):

@@ -278,6 +278,14 @@ def test_carve_cuts_a_giant_group():
     assert len(left_out) == 2 and 90 <= len(validation) <= 98
 
 
+def test_chat_takes_its_share_of_the_budget_and_no_more():
+    truths = {f"d{number}": [f"v{number}", f"v{number + 1}"] for number in range(1000)}
+    truths |= {f"chat-{number}": [] for number in range(500)}
+    validation, _ = check_carve(truths, 0.1)
+    chat = {name for name in validation if name.startswith("chat")}
+    assert len(chat) == 50 and 90 <= len(validation - chat) <= 98
+
+
 def test_carve_of_nothing():
     assert splits.carve({}, 0.1) == (set(), set())
     assert splits.carve({"a": ["v"]}, 0.1) == (set(), set())
