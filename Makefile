@@ -25,7 +25,7 @@ test-full: install
 lint: install
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/mypy ivcr_jax configs tfds_builder
+	$(BIN)/mypy ivcr_jax configs tfds_builder tests/benchmarks/learning.py
 
 format: install
 	$(BIN)/ruff check --fix $(CODE)

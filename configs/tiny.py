@@ -95,7 +95,7 @@ def config(stage: str = "both") -> TrainConfig:
         losses=LossConfig(0, 0, 0, 0, 0, contrastive=1.0) if alone else LossConfig(contrastive=1.0),
         optim=OptimConfig(
             rules=((r".*\.vit\.(?!head).*", 0.0), (".*", 1.0)),  # towers stay as pretraining left them
-            peak_lr=1.2e-3,
+            peak_lr=2e-3 if alone else 1.2e-3,
             initial_lr=1e-5,
             final_lr=4e-5,
             warmup=0.05,

@@ -25,14 +25,14 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several may compile at a time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 
 from ivcr_jax import command, flops
-from ivcr_jax.data.packing import BatchShape, empty_batch
+from ivcr_jax.data.batches import BatchShape, empty_batch
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.llama import KVCache
 from ivcr_jax.sharding import by_rows, make_mesh, row_axes, shardings
@@ -251,7 +251,7 @@ def main(argv: list[str]) -> None:
     """Compiles as the flags say."""
     command.refuse_arguments(argv)
     args = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
+    command.quiet()
     try:
         found = report(read_config(args.config), args.topology, args.num_slices, args.input == "features", args.decode)
     except ValueError as error:

@@ -304,7 +304,7 @@ def _define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     command.refuse_arguments(argv)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    command.quiet()
     args = flags.FLAGS
     try:
         distributed.start()

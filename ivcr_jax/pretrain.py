@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 from flax import nnx
 from ml_collections import config_flags
@@ -121,7 +121,7 @@ def pixels_of(scene: Scene, indices: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What a line of truth.jsonl tells of a video. `kept_out`: of the test split, or showing what train never shows."""
+    """What a line of truth.jsonl tells of a video. `kept_out`: not of train, or showing what train never shows."""
 
     scene: Scene
     kept_out: bool
@@ -444,7 +444,7 @@ def _define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     command.refuse_arguments(argv)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    command.quiet()
     args = flags.FLAGS
     try:
         scores = pretrain(

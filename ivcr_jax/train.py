@@ -21,8 +21,8 @@ from ml_collections import config_flags
 from ivcr_jax import bundle, command, distributed, encode, flops, validation
 from ivcr_jax.checkpoint import FOLDER, Checkpoints
 from ivcr_jax.config import listed, to_dict
+from ivcr_jax.data.batches import BatchShape
 from ivcr_jax.data.manifest import atomic
-from ivcr_jax.data.packing import BatchShape
 from ivcr_jax.data.pipeline import Pipeline, PipelineConfig
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore, VideoStore
 from ivcr_jax.data.tokenizer import Tokenizer

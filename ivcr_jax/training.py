@@ -19,8 +19,8 @@ from ivcr_jax import bundle, losses, optim
 from ivcr_jax.checkpoint import CheckpointConfig
 from ivcr_jax.config import from_dict
 from ivcr_jax.data import prompt
+from ivcr_jax.data.batches import PackConfig
 from ivcr_jax.data.encoding import EncodingConfig
-from ivcr_jax.data.packing import PackConfig
 from ivcr_jax.losses import LossConfig
 from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig, Output
 from ivcr_jax.models.layers import Compute

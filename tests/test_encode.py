@@ -20,7 +20,7 @@ from flax import nnx
 
 from ivcr_jax import bundle, encode
 from ivcr_jax.config import to_dict
-from ivcr_jax.data import packing, store, synth
+from ivcr_jax.data import batches, store, synth
 from ivcr_jax.data.encoding import EncodingConfig
 from ivcr_jax.data.pipeline import Pipeline, PipelineConfig
 from ivcr_jax.data.prompt import PromptStyle
@@ -212,7 +212,7 @@ def test_the_pipeline_reads_features_in_place_of_frames(world, encoded):
     dialogues = store.DialogueStore(world / "data" / "ivcr200k", "train")
     texts = [text for i in range(len(dialogues)) for turn in dialogues[i].turns for text in (turn.user, turn.answer)]
     tokenizer = train_demo([*texts, "[INST] <<SYS>> <</SYS>> [/INST] 0123456789"], 600)
-    pack = packing.PackConfig(
+    pack = batches.PackConfig(
         EncodingConfig(tokens_per_video=4, max_candidates=8), seq_len=1500, video_slots=10, max_turns=8, frames=3
     )
     config = PipelineConfig(pack=pack, batch_size=2, train=False)

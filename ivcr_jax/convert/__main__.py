@@ -11,10 +11,11 @@ Q-Former alone), IVCR. Where anything is missing, unexpected or of another shape
 
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
+from ivcr_jax import command
 from ivcr_jax.bundle import BundleConfig
 from ivcr_jax.convert.convert import back, forward
 from ivcr_jax.sharding import MeshConfig, make_mesh
@@ -40,9 +41,8 @@ _LORA = flags.DEFINE_enum("lora", "merged", ["merged", "adapter"], "With --to=hf
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    command.refuse_arguments(argv)
+    command.quiet()
     out = epath.Path(_OUT.value).resolve()
     files = {name: flag.value for name, flag in _SOURCES.items() if flag.value is not None}
     try:

@@ -90,13 +90,13 @@ def corpus_of(video: str) -> str:
     return parts[-2] if len(parts) > 1 else ""
 
 
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _LATIN_WORD = re.compile(r"[A-Za-z]+")
 
 
 def language_of(text: str) -> str:
     """ "zh" where Han characters outnumber Latin words (a Chinese sentence may name an English one), else "en"."""
-    return "zh" if len(_HAN.findall(text)) > len(_LATIN_WORD.findall(text)) else "en"
+    return "zh" if len(HAN.findall(text)) > len(_LATIN_WORD.findall(text)) else "en"
 
 
 # The number of the video in an answer. "video 3" is what the released code parses (its regex admits

@@ -1,6 +1,6 @@
 """A dialogue as tokens: which videos each turn shows and in what order, what is learnt, where the heads look.
 
-Everything here is about one dialogue; `packing.py` puts several into a row. Pure functions of their arguments: the
+Everything here is about one dialogue; `batches.py` puts several into a row. Pure functions of their arguments: the
 random order of candidates comes from a generator passed in.
 """
 

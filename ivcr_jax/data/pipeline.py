@@ -19,7 +19,7 @@ from etils import epath
 
 from ivcr_jax import command
 from ivcr_jax.config import listed
-from ivcr_jax.data import packing
+from ivcr_jax.data import batches, packing
 from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.encoding import EncodingConfig
 from ivcr_jax.data.store import DialogueStore, VideoStore
@@ -44,7 +44,7 @@ class PipelineConfig:
       prefetch: batches built ahead (by each worker).
     """
 
-    pack: packing.PackConfig = packing.PackConfig()
+    pack: batches.PackConfig = batches.PackConfig()
     batch_size: int = 8
     train: bool = True
     seed: int = 0
@@ -143,7 +143,7 @@ class Pipeline:
         return plan
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of batch `step`; `packing.empty_batch` lists the arrays."""
+        """This process's rows of batch `step`; `batches.empty_batch` lists the arrays."""
         return self._batches[step]
 
     def __iter__(self) -> "BatchIterator":
@@ -167,7 +167,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
         self._videos = videos
         self._tokenizer = tokenizer
         self._queries = queries
-        self._shape = packing.BatchShape.of(videos, tokenizer, config.pack)
+        self._shape = batches.BatchShape.of(videos, tokenizer, config.pack)
         self._config = config
         self._plan = plan
         self._rows = rows
@@ -183,7 +183,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         config = self._config
-        batch = packing.empty_batch(len(self._rows), config.pack, self._shape)
+        batch = batches.empty_batch(len(self._rows), config.pack, self._shape)
         work = []
         for row, place in enumerate(self._rows):
             number = step * config.batch_size + place
@@ -195,7 +195,7 @@ class _Batches(grain.sources.RandomAccessDataSource[Batch]):
             elif epoch:
                 continue  # past the end: the last batch is filled up with empty rows
             content = [(record, self._dialogue(record, turns)) for record, turns in self._plan.row(place)]
-            work += packing.fill_row(
+            work += batches.fill_row(
                 batch, row, content, self._videos, self._tokenizer, config.pack, rng, self._queries
             )
         if self._pool is None:
@@ -361,7 +361,7 @@ def main(argv: list[str]) -> None:
     else:
         turns = (turn for i in range(min(len(dialogues), 1000)) for turn in dialogues[i].turns)
         tokenizer = train_demo((text for turn in turns for text in (turn.user, turn.answer)), 2000)
-    pack = packing.PackConfig(
+    pack = batches.PackConfig(
         EncodingConfig(layout=args.layout), args.seq_len, args.video_slots, max_turns=32, frames=args.frames
     )
     config = PipelineConfig(pack=pack, batch_size=1, train=args.split == "train")

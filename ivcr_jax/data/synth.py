@@ -29,8 +29,9 @@ DRAWING = 1
 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "event")
 FAMILY = 5  # videos: a base and four edits
-# One family in five is of the test split; every other one of these is built on a triple kept out of train.
-TEST_EVERY, NOVEL_EVERY = 5, 10
+# One family in five is of the test split, every other one of these is built on a triple kept out of train; one in
+# twenty is of the validation split. A split that shared families with train would not show what a recipe fails to teach.
+TEST_EVERY, NOVEL_EVERY, VALIDATION_EVERY = 5, 10, 20
 Triple = tuple[str, str, str]
 HELD_OUT = 15  # of the 120 triples (colour, shape, motion)
 
@@ -148,7 +149,8 @@ def invent(count: int, *, seed: int, size: tuple[int, int], fps: int, seconds: f
         corpus = rng.choice(CORPORA)
         frames = round(seconds * rng.uniform(0.6, 1.4) * fps)
         background = rng.randrange(2**32)
-        test = family % TEST_EVERY == 1
+        held = "validation" if family % VALIDATION_EVERY == 2 else "train"
+        split = "test" if family % TEST_EVERY == 1 else held
         novel = family % NOVEL_EVERY == 1
         base = kept_out[family // NOVEL_EVERY % HELD_OUT] if novel else None
         for edit, things in _family(rng, frames / fps, base, () if novel else kept_out):
@@ -157,7 +159,7 @@ def invent(count: int, *, seed: int, size: tuple[int, int], fps: int, seconds: f
             codec = rng.choices([*CODEC_SHARES], [*CODEC_SHARES.values()])[0]
             yield Video(
                 path=f"{corpus}/{made:06d}{CODECS[codec].suffix}",
-                split="test" if test else "train",
+                split=split,
                 family=family,
                 edit=edit,
                 held_out=any(triple in kept_out for thing in things for triple in triples(thing)),

@@ -30,9 +30,12 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
+from ivcr_jax.data.dialogue import HAN
 from ivcr_jax.data.prompt import VIDEO_TOKENS
 
 _SPACE = "▁"
+_BORDER = "\x01"  # where no piece may reach across, in training
+_PAIRS = re.compile(f"{HAN.pattern}{{1,2}}"), re.compile(f"(?<!{HAN.pattern}){HAN.pattern}|{HAN.pattern}{{1,2}}")
 
 # A protobuf message that occurs twice is merged, so these bytes after a model change one thing in it:
 # `normalizer_spec { add_dummy_prefix: false }`.
@@ -224,6 +227,8 @@ def train_demo(
 ) -> Tokenizer:
     """Trains a small LLaMA-like tokenizer: BPE, byte fallback, single digits, text kept as it is.
 
+    No piece holds more than two Han characters.
+
     The special tokens go on top of the model, not into it: a demo has the layout of the published vocabulary
     and takes the same path through the code. Where the texts hold them they are cut out, so that no piece
     learns a part of one. The same texts in the same order give the same model, byte for byte.
@@ -239,7 +244,10 @@ def train_demo(
     Raises ValueError where the texts are empty, and where `vocab_size` is too small for their characters.
     """
     cut = re.compile("|".join(map(re.escape, ("\n", "<unk>", "<s>", "</s>", *special_tokens))))
+    # Chinese has no spaces that end a word, so pieces of text that repeats itself would be whole clauses. Cut into
+    # pairs from the first character of a run and from the second, it gives pieces of two characters at most.
     lines = [line for text in texts for line in cut.split(text) if line.strip()]
+    lines = [pairs.sub(_BORDER + r"\g<0>" + _BORDER, line) for line in lines for pairs in _PAIRS]
     if not lines:
         raise ValueError("texts: found none with a character in it, expected sentences to train on")
     model = io.BytesIO()
@@ -252,6 +260,7 @@ def train_demo(
             hard_vocab_limit=False,
             character_coverage=character_coverage,
             byte_fallback=True,
+            pretokenization_delimiter=_BORDER,
             split_digits=True,
             required_chars="0123456789",
             allow_whitespace_only_pieces=True,

@@ -1,6 +1,6 @@
 """The whole: videos and dialogues -> decoder states, scores of candidates, moments.
 
-Joins the video encoder, the decoder and the two heads over the batches of ivcr_jax/data/packing.py, whose docstring
+Joins the video encoder, the decoder and the two heads over the batches of ivcr_jax/data/batches.py, whose docstring
 says what each array is. Arrays only. Axis letters: B rows, S positions, V video slots, T frames, R turns, C candidates,
 K visual tokens of a video, D the decoder's width.
 """
@@ -85,7 +85,7 @@ class InterLLaVA(nnx.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, first: jax.Array | None = None
     ) -> Output:
-        """Everything a loss or a metric needs of a batch (see packing.empty_batch).
+        """Everything a loss or a metric needs of a batch (see batches.empty_batch).
 
         Args:
           batch: with `frames` u8[B, V, T, H, W, 3], or `features` f[B, V, T, P, Dv] of the ViT.

@@ -20,7 +20,7 @@ import av
 import numpy as np
 from absl import app, flags
 
-from ivcr_jax.data import packing, pipeline, store, synth
+from ivcr_jax.data import batches, packing, pipeline, store, synth
 from ivcr_jax.data.encoding import EncodingConfig
 from ivcr_jax.data.store import DialogueStore, VideoStore
 from ivcr_jax.data.tokenizer import Tokenizer, train_demo
@@ -107,7 +107,7 @@ def bench_packing(work: pathlib.Path) -> dict[str, object]:
     found = {}
     for layout in ("isolated", "inline"):
         for seq_len in (2048, 4096, 8192):
-            config = packing.PackConfig(
+            config = batches.PackConfig(
                 EncodingConfig(layout=layout), seq_len=seq_len, video_slots=seq_len // 64, max_turns=seq_len // 128
             )
             start = time.perf_counter()
@@ -200,7 +200,7 @@ def bench_reading(work: pathlib.Path) -> dict[str, object]:
     build("ivcr200k", manual_dir=source, data_dir=data)
     build("ivcr200k_videos", manual_dir=source, data_dir=data, config=VideosConfig(frames=64, size=224))
     dialogues, videos = DialogueStore(data / "ivcr200k", "train"), VideoStore(data / "ivcr200k_videos")
-    pack = packing.PackConfig(seq_len=4096, video_slots=32, max_turns=24, frames=64)
+    pack = batches.PackConfig(seq_len=4096, video_slots=32, max_turns=24, frames=64)
     config = pipeline.PipelineConfig(pack=pack, batch_size=1, train=False, threads=THREADS, prefetch=1)
     stream = pipeline.Pipeline(dialogues, videos, _tokenizer(dialogues, 1000), config)
     kept = {record for record, _ in stream.plan.items.tolist()}

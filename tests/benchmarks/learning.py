@@ -29,6 +29,7 @@ from ivcr_jax.data.dialogue import LANGUAGES
 from ivcr_jax.sharding import make_mesh
 from ivcr_jax.training import Program, TrainConfig
 from tfds_builder.build import build
+from tfds_builder.ivcr200k_videos.ivcr200k_videos_dataset_builder import VideosConfig
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 POOL = 200  # videos among which the first stage looks
@@ -43,7 +44,7 @@ def make_source(out: pathlib.Path, videos: int, interactions: int) -> None:
     if not (out / "data" / "ivcr200k").exists():
         build("ivcr200k", manual_dir=source, data_dir=out / "data")
     if not (out / "data" / "ivcr200k_videos").exists():
-        build("ivcr200k_videos", manual_dir=source, data_dir=out / "data", frames=24, size=48)
+        build("ivcr200k_videos", manual_dir=source, data_dir=out / "data", config=VideosConfig(frames=24, size=48))
     if not (out / "random" / "ivcr200k").exists():
         made = synth.invent(videos, seed=SOURCE_SEED, size=(48, 48), fps=8, seconds=12.0)
         clips = [dataclasses.replace(clip, near=(), similar=()) for clip in synth.clips_of(list(made))]

@@ -37,10 +37,10 @@ from flax import nnx
 
 from ivcr_jax import flops, losses
 from ivcr_jax.convert import layouts
-from ivcr_jax.data import encoding, packing
+from ivcr_jax.data import batches, encoding
+from ivcr_jax.data.batches import BatchShape, PackConfig
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn, video_number
 from ivcr_jax.data.encoding import EncodingConfig
-from ivcr_jax.data.packing import BatchShape, PackConfig
 from ivcr_jax.data.prompt import PromptStyle
 from ivcr_jax.data.store import StoredVideo
 from ivcr_jax.data.tokenizer import Tokenizer, train_demo
@@ -208,9 +208,9 @@ class Content:
         def fill(config: PackConfig) -> list[Row]:
             made = []
             for number, dialogue in enumerate(cut):
-                row = packing.empty_batch(1, config, shape)
+                row = batches.empty_batch(1, config, shape)
                 content = [(number, dialogue)]
-                for work in packing.fill_row(row, 0, content, self.videos, self.tokenizer, config, None):
+                for work in batches.fill_row(row, 0, content, self.videos, self.tokenizer, config, None):
                     self.videos.decode(*work)
                 made.append(row)
             return made
@@ -386,7 +386,7 @@ def arithmetic(config: InterLLaVAConfig, content: Content, frames: int) -> dict[
     abstract = nnx.state(nnx.eval_shape(lambda: InterLLaVA(config, nnx.Rngs(0))), nnx.Param)
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(abstract)]
     factors = {f"model.{path}": 0.0 if re.fullmatch(FROZEN, path) else 1.0 for path in paths}
-    sentence = packing.frame_text_length(content.tokenizer, STYLE)
+    sentence = batches.frame_text_length(content.tokenizer, STYLE)
     times = dict.fromkeys(content.videos.number, [12.3] * frames)
     (dialogue, *_) = content.dialogues
     found: dict[str, dict[int, float]] = {variant: {0: 0.0} for variant in VARIANTS if variant != "peer"}

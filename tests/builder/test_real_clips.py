@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from ivcr_jax.data import manifest, packing, pipeline, store
+from ivcr_jax.data import batches, manifest, pipeline, store
 from ivcr_jax.data.dialogue import Intent, video_id
 from ivcr_jax.data.encoding import EncodingConfig
 from ivcr_jax.data.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def test_dialogues_speak_of_the_clips_in_both_languages(built, clips):
 
 def test_they_make_batches_with_a_llama_tokenizer(built, realdata):
     tokenizer = Tokenizer.load(realdata / "tokenizer" / "mistral_v1.tokenizer.model")
-    pack = packing.PackConfig(EncodingConfig(tokens_per_video=8), seq_len=2048, video_slots=20, frames=8)
+    pack = batches.PackConfig(EncodingConfig(tokens_per_video=8), seq_len=2048, video_slots=20, frames=8)
     stream = pipeline.Pipeline(
         store.DialogueStore(built / "ivcr200k", "train"),
         store.VideoStore(built / "ivcr200k_videos"),

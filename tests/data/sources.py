@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 
 from ivcr_jax.data import store
+from ivcr_jax.data.batches import PackConfig
 from ivcr_jax.data.encoding import EncodingConfig
-from ivcr_jax.data.packing import PackConfig
 from ivcr_jax.data.tokenizer import Tokenizer, train_demo
 from tfds_builder.build import build
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ivcr_jax.data import pipeline, store
+from ivcr_jax.data.batches import PackConfig
 from ivcr_jax.data.encoding import EncodingConfig
-from ivcr_jax.data.packing import PackConfig
 from ivcr_jax.data.tokenizer import Tokenizer, train_demo
 from tfds_builder.build import build
 from tfds_builder.ivcr200k_videos.ivcr200k_videos_dataset_builder import VideosConfig

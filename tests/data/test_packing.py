@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ivcr_jax.data import packing, prompt
+from ivcr_jax.data import batches, packing, prompt
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, Turn
 from ivcr_jax.data.encoding import EncodingConfig, encode, show
 from ivcr_jax.data.store import VideoStore
@@ -19,12 +19,12 @@ def plan_of(stores, config=PACK, seed=0, keep_chat=True):
 
 def row_of(stores, plan, number, config=PACK, rng=None):
     dialogues, videos, tokenizer = stores
-    batch = packing.empty_batch(1, config, packing.BatchShape.of(videos, tokenizer, config))
+    batch = batches.empty_batch(1, config, batches.BatchShape.of(videos, tokenizer, config))
     content = []
     for record, turns in plan.row(number):
         dialogue = dialogues[record]
         content.append((record, dataclasses.replace(dialogue, turns=dialogue.turns[:turns])))
-    for stored, chosen, out in packing.fill_row(batch, 0, content, videos, tokenizer, config, rng):
+    for stored, chosen, out in batches.fill_row(batch, 0, content, videos, tokenizer, config, rng):
         videos.decode(stored, chosen, out)
     return {name: array[0] for name, array in batch.items()}, content
 

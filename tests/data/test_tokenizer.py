@@ -443,6 +443,16 @@ def test_demo_is_the_same_every_time(tmp_path: pathlib.Path) -> None:
     assert sp.PieceToId("4") != sp.unk_id() and not any("4" in sentence for sentence in SENTENCES)
 
 
+def test_no_piece_of_the_demo_holds_more_than_two_chinese_characters() -> None:
+    clause = "一个红色的大正方形上下来回移动, 中途离开画面"
+    sp = sentencepiece.SentencePieceProcessor(model_proto=train_demo([f"{clause} video", *SENTENCES] * 50, 500).proto)
+    pieces = [sp.IdToPiece(index) for index in range(sp.GetPieceSize())]
+    assert {"▁video", "移动", "红"} <= {*pieces}
+    assert max(len(piece) for piece in pieces if re.search("[\u4e00-\u9fff]", piece)) == 2
+    ids = sp.EncodeAsPieces(clause)
+    assert len(ids) < 0.8 * len(clause) and sp.DecodePieces(ids) == clause
+
+
 def test_demo_of_many_sentences() -> None:
     rng = random.Random(6)
     words = [word for sentence in SENTENCES for word in sentence.split()]

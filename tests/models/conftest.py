@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ivcr_jax.data import packing, store
+from ivcr_jax.data import batches, store
+from ivcr_jax.data.batches import PackConfig
 from ivcr_jax.data.dialogue import Intent, Turn
 from ivcr_jax.data.encoding import EncodingConfig, Shown
-from ivcr_jax.data.packing import PackConfig
 from ivcr_jax.data.tokenizer import train_demo
 from ivcr_jax.models.heads import MomentHeadConfig, RankHeadConfig
 from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
@@ -184,13 +184,13 @@ class World:
     def batch(self, rows=ROWS, pack=PACK, **encoding):
         """The rows' dialogues as the data pipeline writes them, as jax arrays."""
         config = dataclasses.replace(pack, encoding=dataclasses.replace(pack.encoding, **encoding))
-        batch = packing.empty_batch(len(rows), config, packing.BatchShape.of(self.videos, self.tokenizer, config))
+        batch = batches.empty_batch(len(rows), config, batches.BatchShape.of(self.videos, self.tokenizer, config))
         with pytest.MonkeyPatch.context() as patch:
             # The order of candidates and the answers are ours.
-            patch.setattr(packing, "show", lambda dialogue, *_, **__: dialogue)
+            patch.setattr(batches, "show", lambda dialogue, *_, **__: dialogue)
             for row, dialogues in enumerate(rows):
                 content = list(enumerate(dialogues))
-                for work in packing.fill_row(batch, row, content, self.videos, self.tokenizer, config, None):
+                for work in batches.fill_row(batch, row, content, self.videos, self.tokenizer, config, None):
                     self.videos.decode(*work)
         return {name: jnp.asarray(array) for name, array in batch.items()}
 

@@ -8,7 +8,7 @@ import pytest
 
 from configs import interllava_7b, tiny
 from ivcr_jax import flops
-from ivcr_jax.data.packing import BatchShape, empty_batch
+from ivcr_jax.data.batches import BatchShape, empty_batch
 from ivcr_jax.losses import LossConfig
 from ivcr_jax.models.lora import LoraConfig
 from ivcr_jax.sharding import MeshConfig, make_mesh

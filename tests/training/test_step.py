@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ivcr_jax import bundle, optim, train
-from ivcr_jax.data import packing
+from ivcr_jax.data import batches
 from ivcr_jax.data.store import DialogueStore, VideoStore
 from ivcr_jax.losses import LossConfig
 from ivcr_jax.sharding import MeshConfig, make_mesh
@@ -34,10 +34,10 @@ def rows_of(world, config, rows):
     """A batch in which row i holds the dialogues with the record numbers rows[i]."""
     dialogues, videos = DialogueStore(config.data.dialogues, "train"), VideoStore(config.data.videos)
     tokenizer = train.read_tokenizers(config, world.folder)[bundle.TOKENIZER]
-    batch = packing.empty_batch(len(rows), config.pack, packing.BatchShape.of(videos, tokenizer, config.pack))
+    batch = batches.empty_batch(len(rows), config.pack, batches.BatchShape.of(videos, tokenizer, config.pack))
     for row, records in enumerate(rows):
         content = [(record, dialogues[record]) for record in records]
-        for work in packing.fill_row(batch, row, content, videos, tokenizer, config.pack, None):
+        for work in batches.fill_row(batch, row, content, videos, tokenizer, config.pack, None):
             videos.decode(*work)
     return batch
 
