@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
+from ivcr_jax import command
 from ivcr_jax.data import captions, manifest
 from ivcr_jax.data.captions import Clip, Corpus, Moment
 
@@ -459,8 +460,7 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Annotations in, dialogues out; what was not used is listed on stderr."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    command.refuse_arguments(argv)
     args = flags.FLAGS
     problems: list[captions.Problem] = []
     try:

@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
+from ivcr_jax import command
 from ivcr_jax.data import compose, manifest, scenes
 from ivcr_jax.data.captions import Clip, Moment
 from ivcr_jax.data.scenes import CODECS, COLOURS, EVENTS, MOTIONS, SHAPES, SIZES, Scene, Thing
@@ -30,7 +31,7 @@ DRAWING = 1
 ATTRIBUTES = ("colour", "shape", "size", "motion", "event")
 FAMILY = 5  # videos: a base and four edits
 # One family in five is of the test split, every other one of these is built on a triple kept out of train; one in
-# twenty is of the validation split. A split that shared families with train would not show what a recipe fails to teach.
+# twenty is of validation. A split that shares families with train does not show what a recipe fails to teach.
 TEST_EVERY, NOVEL_EVERY, VALIDATION_EVERY = 5, 10, 20
 Triple = tuple[str, str, str]
 HELD_OUT = 15  # of the 120 triples (colour, shape, motion)
@@ -428,8 +429,7 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Writes a synthetic source and says what it holds."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    command.refuse_arguments(argv)
     args = flags.FLAGS
     started = time.monotonic()
     try:
