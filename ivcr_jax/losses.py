@@ -6,6 +6,7 @@ width, N texts or videos of a device.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -201,14 +202,12 @@ def contrastive(
         return jax.lax.psum(total, axes) if axes else total
 
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else row_axes(mesh)
-    devices = 1
-    for axis in axes:
-        devices *= mesh.shape[axis]
+    rows = () if mesh.empty else row_axes(mesh)
+    axes = tuple(axis for axis in mesh.axis_names if axis in rows)  # the order ppermute wants; any ring passes all
+    devices = math.prod(mesh.shape[axis] for axis in axes)
     of = jnp.stack([jnp.ravel(scale)[0], jnp.ravel(bias)[0]])
     if axes:
-        rows = jax.P(axes)
-        ring = jax.shard_map(ring, in_specs=(rows, rows, rows, rows, jax.P()), out_specs=jax.P())
+        ring = jax.shard_map(ring, in_specs=(*[jax.P(rows)] * 4, jax.P()), out_specs=jax.P())
     return ring(texts, wanted, videos, numbers, of)
 
 
