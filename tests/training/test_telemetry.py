@@ -155,9 +155,10 @@ def test_a_profile_is_written(tmp_path):
 
 def test_memory_is_this_processs_own():
     """Not its parent's, whose peak a child begins with in getrusage."""
-    big = bytearray(600_000_000)
+    size = 1_500_000_000  # more than a process takes that imports jax, with whatever plugins are installed
+    big = bytearray(size)
     big[::4096] = b"x" * len(big[::4096])
     code = "import jax; from ivcr_jax.telemetry import memory; print(memory())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert 50e6 < float(said) < 600e6
-    assert telemetry.memory() > 600e6
+    assert 50e6 < float(said) < size
+    assert telemetry.memory() > size
