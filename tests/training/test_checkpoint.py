@@ -1,5 +1,6 @@
 """Checkpoints that are broken, kept, set aside; the state is a single array, so that files can be told apart."""
 
+import gc
 import math
 import pathlib
 import re
@@ -18,6 +19,13 @@ from tests.training.conftest import steps_of
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 RUN = {"seed": 0, "init": ""}
 KEEP = CheckpointConfig(keep_last=10, keep_best=0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """Else those coroutines end, and say so, in a later test."""
+    yield
+    gc.collect()
 
 
 def state(step, mesh=(8, 1, 1)):
