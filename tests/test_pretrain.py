@@ -247,6 +247,23 @@ def test_what_a_frame_shows_of_each_colour():
     np.testing.assert_allclose(found["place"][colour("red")], [2.75 / 3, 1 / 3], rtol=1e-6)
 
 
+def asked_of(dialogues):
+    """Ids of the answers of validation and test."""
+    asked = set()
+    for split in ("validation", "test"):
+        stored = DialogueStore(dialogues, split)
+        asked |= {turn.video_id for number in range(len(stored)) for turn in stored[number].turns}
+    return asked - {""}
+
+
+def test_the_answers_of_dialogues_held_out_are_held_out_whatever_the_source_says(folder):
+    truth = pretrain.read_truth(folder / "source")
+    truth = {name: dataclasses.replace(each, kept_out=False) for name, each in truth.items()}
+    learnt, held_out = pretrain.divide(truth, folder / "ivcr200k")
+    assert {*held_out} == asked_of(folder / "ivcr200k") & {*truth} != set()
+    assert learnt == sorted({*truth} - {*held_out}) != []
+
+
 def test_it_learns_from_no_video_that_is_held_out(folder, tmp_path, monkeypatch):
     seen = []
     train = pretrain.train
@@ -254,10 +271,7 @@ def test_it_learns_from_no_video_that_is_held_out(folder, tmp_path, monkeypatch)
     pretrained(folder, tmp_path / "model")
     rows = [json.loads(line) for line in (folder / "source" / "truth.jsonl").read_text().splitlines()]
     rows = {row["video"].rsplit(".", 1)[0]: row for row in rows}
-    asked = set()
-    for split in ("validation", "test"):
-        dialogues = DialogueStore(folder / "ivcr200k", split)
-        asked |= {turn.video_id for number in range(len(dialogues)) for turn in dialogues[number].turns}
+    asked = asked_of(folder / "ivcr200k")
     out = {name for name, row in rows.items() if row["split"] != "train" or row["held_out"]} | asked & {*rows}
     assert {row["split"] for row in rows.values()} == {"train", "validation", "test"}
     videos = VideoStore(folder / "ivcr200k_videos")

@@ -169,7 +169,7 @@ def main(_: list[str]) -> None:
         seconds["both"] = stage(":long" if args.long else "", workdir, first, *args.override)
 
         config = from_dict(TrainConfig, json.loads((workdir / "train.json").read_text()))
-        untrained = out / f"untrained{seed}{length}.json"  # nor do these differ
+        untrained = out / f"untrained{seed}{length}.json"  # of the recipe that comes first: run the plain one
         if not untrained.exists():
             begin = dataclasses.replace(config, init=str(init))
             untrained.write_text(json.dumps(measure(begin, mine, out, trained=False)))
