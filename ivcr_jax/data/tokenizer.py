@@ -26,6 +26,7 @@ import json
 import operator
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 import sentencepiece
@@ -207,6 +208,18 @@ class Tokenizer:
         mark = re.compile(rb"<.*[A-Za-z].*>|\[.*[A-Za-z].*\]")
         held = {text for text in self._bytes_of[0] if re.search(rb"[0-9]", text) and not mark.fullmatch(text)}
         return held == {b"%d" % digit for digit in range(10)}
+
+    def digit_ids(self) -> list[int]:
+        """The ids that hold a decimal digit of any script, or a byte that may begin one.
+
+        A text without them has no number that a parser could find.
+        """
+        leads = {char.encode()[:1] for char in map(chr, range(sys.maxunicode + 1)) if char.isdecimal()}
+        found = []
+        for i, text in enumerate(self._bytes_of[0]):
+            if text in leads or any(char.isdecimal() for char in text.decode(errors="ignore")):
+                found.append(i)
+        return found
 
 
 def encode_query(text: str, tokenizer: Tokenizer, length: int) -> list[int]:

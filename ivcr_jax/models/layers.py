@@ -219,6 +219,22 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Mod
     return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
+def unstack(layers: Module) -> nnx.List:
+    """The layers of a stack as a list, each with arrays of its own.
+
+    For decoding: a step of a scan first copies its layer's parameters out of the stack, which on a CPU takes longer
+    than multiplying one token with them.
+    """
+    definition, state = nnx.split(layers)
+    count = jax.tree.leaves(state)[0].shape[0]
+    apart = jax.tree.map(list, state)
+
+    def layer(number: int) -> Module:
+        return nnx.merge(definition, jax.tree.map(lambda x: x[number], apart, is_leaf=lambda x: isinstance(x, list)))
+
+    return nnx.List([layer(number) for number in range(count)])
+
+
 def checkpointed(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
     """The body of a scan as the remat policy of this name would have it (see Compute)."""
     if remat == "none":
@@ -271,16 +287,24 @@ def run_stack(
     """Runs a stack of layers in one `jax.lax.scan`, so that compile time does not grow with depth.
 
     Args:
-      layers: from `stack`.
+      layers: from `stack`; or from `unstack`, which are run one after the other, without remat.
       body: (layer, x, (each layer's slice, the layer's key or None)) -> (x, what the layer hands out).
       x: what goes from layer to layer.
-      each: arrays with a leading axis of layers, or None.
+      each: arrays with a leading axis of layers, or None; with a list of layers a tree of lists as long.
       remat: see Compute.
       key: split over the layers.
 
     Returns:
-      x after the last layer, and what the layers handed out, stacked.
+      x after the last layer, and what the layers handed out: stacked, or a tree of lists.
     """
+    if isinstance(layers, nnx.List):
+        own_keys = split_key(key, len(layers))
+        handed = []
+        for number, layer in enumerate(layers):
+            own = jax.tree.map(lambda x: x[number], each, is_leaf=lambda x: isinstance(x, list))  # noqa: B023
+            x, out = body(layer, x, (own, own_keys[number]))
+            handed.append(out)
+        return x, jax.tree.map(lambda *outs: list(outs), *handed)
     definition, state = nnx.split(layers)
 
     def step(x: Any, slices: Any) -> tuple[Any, Any]:

@@ -85,13 +85,13 @@ class KVCache:
     """Keys and values of what was read so far.
 
     Attributes:
-      k, v: f[L, B, N, G, K], rotary embedding applied.
+      k, v: f[L, B, N, G, K], rotary embedding applied; where the decoder's layers are a list, L of f[B, N, G, K].
       segments, blocks: i32[B, N], as of the positions that were read; segment 0 where nothing is.
       lengths: i32[B], positions in use. The caller keeps them at most N; what would be written past N is lost.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Any
+    v: Any
     segments: jax.Array
     blocks: jax.Array
     lengths: jax.Array
@@ -112,15 +112,21 @@ class KVCache:
             lengths=self.lengths + (segments > 0).sum(1),
         )
 
-    def append(self, k: jax.Array, v: jax.Array, segments: jax.Array, blocks: jax.Array) -> "KVCache":
-        """The cache with ready keys and values f[L, B, S, G, K] after what it holds.
+    def append(self, k: Any, v: Any, segments: jax.Array, blocks: jax.Array) -> "KVCache":
+        """The cache with ready keys and values f[L, B, S, G, K] (or L of f[B, S, G, K]) after what it holds.
 
         In the isolated layout those of a video's block are the same in every context, so they can be computed once
         (by a forward pass over the block alone) and put here.
         """
         places = self.places(segments)
-        write = jax.vmap(lambda buffer, new: put(buffer, places, new))
-        return dataclasses.replace(self.mark(segments, blocks), k=write(self.k, k), v=write(self.v, v))
+
+        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+            if buffer.ndim == 5:
+                return jax.vmap(lambda buffer, new: put(buffer, places, new))(buffer, new)
+            return put(buffer, places, new)
+
+        k, v = jax.tree.map(write, (self.k, self.v), (k, v))
+        return dataclasses.replace(self.mark(segments, blocks), k=k, v=v)
 
 
 def put(buffer: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
@@ -178,7 +184,7 @@ class Llama(nnx.Module):
         c = config
         self.embedding = parameter(rngs, (c.vocab_size, c.width), ("vocab", "embed"))
         self.added_embedding = parameter(rngs, (c.added_tokens, c.width), (None, "embed")) if c.added_tokens else None
-        self.layers = stack(lambda rngs: _Layer(rngs, c), c.layers, rngs)
+        self.layers: Any = stack(lambda rngs: _Layer(rngs, c), c.layers, rngs)  # or, for decoding, `unstack` of them
         self.norm = RMSNorm(c.width, c.norm_eps)
 
         def head(size: int, axis: str | None) -> Linear | None:
@@ -215,9 +221,15 @@ class Llama(nnx.Module):
     def empty_cache(self, rows: int, size: int) -> KVCache:
         """A cache of N = size positions that holds nothing."""
         c = self.config
-        kv = jnp.zeros((c.layers, rows, size, c.kv_heads, c.head_size), self.compute.dtype)
         none = jnp.zeros((rows, size), jnp.int32)
-        return KVCache(kv, kv, none, none, jnp.zeros(rows, jnp.int32))
+
+        def empty() -> Any:
+            one = (rows, size, c.kv_heads, c.head_size)
+            if isinstance(self.layers, nnx.List):
+                return [jnp.zeros(one, self.compute.dtype) for _ in range(c.layers)]
+            return jnp.zeros((c.layers, *one), self.compute.dtype)
+
+        return KVCache(empty(), empty(), none, jnp.zeros_like(none), jnp.zeros(rows, jnp.int32))
 
     def __call__(
         self,

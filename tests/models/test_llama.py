@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from ivcr_jax.models import attention
-from ivcr_jax.models.layers import REMAT_POLICIES, Compute
+from ivcr_jax.models.layers import REMAT_POLICIES, Compute, unstack
 from ivcr_jax.models.llama import Llama, LlamaConfig, RopeScaling, put, rotary
 from ivcr_jax.sharding import MeshConfig, make_mesh
 from tests.models.conftest import F32, close, decode_row, host, lively, near, sees
@@ -278,6 +278,26 @@ def test_reading_in_chunks_is_reading_at_once(model, size, layout):
         assert cache.segments[row].tolist() == [*segments[row, there], *[0] * (19 - used)]
         if blocks is not None:
             assert cache.blocks[row].tolist() == [*blocks[row, there], *[0] * (19 - used)]
+
+
+def test_a_list_of_layers_is_the_stack(model):
+    """States, and the cache from which the next are read; layers handed over one by one, as for decoding."""
+    x, positions, segments, blocks = inputs(ROWS)
+    listed = nnx.clone(model)
+    listed.layers = unstack(listed.layers)
+    found, cache = forward(listed, x, positions, segments, blocks, listed.empty_cache(4, 19))
+    expected, stacked = forward(model, x, positions, segments, blocks, model.empty_cache(4, 19))
+    close(np.where(segments[..., None] > 0, found, 0), np.where(segments[..., None] > 0, expected, 0), 1e-6)
+    close(np.stack(cache.k), stacked.k, 1e-6)
+    close(np.stack(cache.v), stacked.v, 1e-6)
+    more = tuple(array[:, :2] for array in (x, positions + 20, segments, np.zeros_like(blocks)))
+    places = jax.jit(lambda cache, k, v, *marks: cache.append(k, v, *marks))
+    ready = forward(model, *more, model.empty_cache(4, 2))[1]
+    marks = more[2], more[3]
+    joined, other = places(cache, list(ready.k), list(ready.v), *marks), places(stacked, ready.k, ready.v, *marks)
+    assert joined.lengths.tolist() == other.lengths.tolist() and joined.lengths.tolist() != cache.lengths.tolist()
+    close(np.stack(joined.k), other.k, 0)
+    close(np.stack(joined.v), other.v, 0)
 
 
 def test_a_block_alone_has_the_keys_it_has_in_a_dialogue(model):
