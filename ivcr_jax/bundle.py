@@ -9,8 +9,11 @@
 nothing is guessed from the weights.
 """
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +26,7 @@ from flax import nnx
 
 from ivcr_jax.config import from_dict, listed, to_dict
 from ivcr_jax.data import manifest, prompt
+from ivcr_jax.data.encoding import frame_ids
 from ivcr_jax.data.tokenizer import Tokenizer
 from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
 from ivcr_jax.models.layers import Compute
@@ -142,7 +146,7 @@ class Bundle:
                 f"timestamps need a tokenizer, and the folder has no {TOKENIZER}; give ready ids in `text`"
             )
         sentences = prompt.frame_texts(timestamps, self.config.style)
-        encoded = [self.tokenizer.encode(prompt.BOS + sentence) for sentence in sentences]
+        encoded = [frame_ids(self.tokenizer, sentence) for sentence in sentences]
         text = np.full((len(encoded), max(map(len, encoded))), self.tokenizer.pad_id, np.int32)
         mask = np.zeros(text.shape, bool)
         for row, ids in enumerate(encoded):
@@ -184,6 +188,34 @@ def load(folder: epath.PathLike, *, mesh: Any = None, compute: Compute = Compute
         for name in (TOKENIZER, RETRIEVER_TOKENIZER)
     }
     return Bundle(config, model, retriever, tokenizers[TOKENIZER], tokenizers[RETRIEVER_TOKENIZER])
+
+
+def fingerprint(folder: epath.PathLike) -> str:
+    """Names what a model folder holds: a SHA-256 over config.json, the tokenizers and the files of the parameters.
+
+    It stays the same where the folder is copied, and changes with any weight. The same weights written twice have two:
+    Orbax gives its files other names each time. Nothing is loaded; files are read several at a time.
+
+    Raises:
+      FileNotFoundError: no folder, or no config.json in it.
+    """
+    folder = epath.Path(folder).resolve()
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    names = [name for name in (CONFIG, TOKENIZER, RETRIEVER_TOKENIZER) if (folder / name).exists()]
+    for part in (MODEL, RETRIEVER):
+        for where, _, files in os.walk(folder / part):
+            # Hidden files are those of file managers and network file systems.
+            names += [os.path.relpath(os.path.join(where, file), folder) for file in files if not file.startswith(".")]
+
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names.sort()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lines = [f"{name} {found}\n" for name, found in zip(names, pool.map(digest, names), strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_tree(path: epath.PathLike, tree: Mapping[str, Any]) -> None:

@@ -13,11 +13,9 @@ again with any number of processes loses the shards that were under way. `store.
 """
 
 import collections
-import concurrent.futures
 import hashlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,6 +32,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ivcr_jax import bundle, command, distributed
+from ivcr_jax.ahead import read_ahead
 from ivcr_jax.config import to_dict
 from ivcr_jax.data import store
 from ivcr_jax.models.interllava import InterLLaVA
@@ -45,8 +44,6 @@ from ivcr_jax.sharding import MeshConfig, by_rows, make_mesh, shardings
 STORED = np.dtype(np.float16)
 # Where a model folder keeps each tower: the checkpoint, and what the paths of its parameters begin with.
 TOWERS = {"model": (bundle.MODEL, "encoder.vit."), "retriever": (bundle.RETRIEVER, "vit.")}
-# Videos decoded at a time, and as many more that wait: what bounds the memory, beside two batches under way.
-THREADS = min(os.cpu_count() or 1, 16)
 
 
 def encode(
@@ -263,17 +260,7 @@ def _read_ahead(videos: store.VideoStore, names: list[str]) -> Iterator[tuple[st
             raise ValueError(f"{name}: its record cannot be read: {error}") from error
         return name, stored, frames
 
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        window: collections.deque[concurrent.futures.Future] = collections.deque()
-        try:
-            for name in names:
-                window.append(pool.submit(read, name))
-                if len(window) == 2 * THREADS:
-                    yield window.popleft().result()
-            while window:
-                yield window.popleft().result()
-        finally:  # after an error nobody waits for the rest
-            pool.shutdown(cancel_futures=True)
+    return read_ahead(read, names)
 
 
 def _check_same(out: epath.Path, made_by: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """A batch's arrays: what lies in which, and how a row is filled with the dialogues that the plan puts there."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent
-from ivcr_jax.data.encoding import Encoded, EncodedTurn, EncodingConfig, encode, show
+from ivcr_jax.data.encoding import Encoded, EncodedTurn, EncodingConfig, encode, frame_ids, frame_text_length, show
 from ivcr_jax.data.store import StoredVideo, VideoStore, choose_stored
 from ivcr_jax.data.tokenizer import Tokenizer, encode_query
 
@@ -38,16 +37,6 @@ class PackConfig:
         for name in ("seq_len", "video_slots", "max_turns", "frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-
-
-def frame_text_length(tokenizer: Tokenizer, style: prompt.PromptStyle) -> int:
-    """Tokens of the longest sentence that goes with a frame: one of a video of under ten thousand seconds."""
-    return len(_frame_ids(tokenizer, prompt.frame_texts([9999.9], style)[0]))
-
-
-@functools.lru_cache(maxsize=100_000)  # times have one decimal: few sentences, written millions of times
-def _frame_ids(tokenizer: Tokenizer, sentence: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(prompt.BOS + sentence))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +163,7 @@ def fill_row(
         batch["frame_times"][row, slot, :count] = times[name]
         batch["frame_mask"][row, slot, :count] = True
         for place, sentence in enumerate(prompt.frame_texts(times[name], config.encoding.style)):
-            ids = _frame_ids(tokenizer, sentence)
+            ids = frame_ids(tokenizer, sentence)
             batch["frame_text"][row, slot, place, : len(ids)] = ids
         batch["durations"][row, slot] = stored.duration
         batch["video_mask"][row, slot] = True

@@ -5,6 +5,7 @@ random order of candidates comes from a generator passed in.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -276,3 +277,14 @@ def _expand(
         videos=tuple(number_of),
         turns=tuple(turns),
     )
+
+
+def frame_text_length(tokenizer: Tokenizer, style: prompt.PromptStyle) -> int:
+    """Tokens of the longest sentence that goes with a frame: one of a video of under ten thousand seconds."""
+    return len(frame_ids(tokenizer, prompt.frame_texts([9999.9], style)[0]))
+
+
+@functools.lru_cache(maxsize=100_000)  # times have one decimal: few sentences, written millions of times
+def frame_ids(tokenizer: Tokenizer, sentence: str) -> tuple[int, ...]:
+    """Token ids of a frame's sentence."""
+    return tuple(tokenizer.encode(prompt.BOS + sentence))

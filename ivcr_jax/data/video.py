@@ -1,8 +1,8 @@
 """Reading video files: what a file holds, and frames chosen by presentation time, as arrays or as JPEG.
 
-The one door to video files; `media.py` is the room behind it. It knows PyAV and NumPy, and nothing of dialogues,
-datasets, models or devices. It is thread-safe: every call owns its decoder, scaler and encoder, and PyAV
-releases the GIL while libav works, so callers run one file per thread.
+The one door to video files; `media.py` and `pictures.py` are the rooms behind it. It knows PyAV and NumPy, and
+nothing of dialogues, datasets, models or devices. It is thread-safe: every call owns its decoder, scaler and
+encoder, and PyAV releases the GIL while libav works, so callers run one file per thread.
 
 Times are seconds from the first presented frame. They come from the packets of a file and not from its
 header, which miscounts frames (edit lists, live WebM, cut files). A video lasts until its last frame has
@@ -12,19 +12,16 @@ been shown. Pixels are taken as square, and a mirroring display matrix is not un
 import bisect
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import av
 import numpy as np
-from av.codec.context import Flags
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.plane import VideoPlane
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
-from ivcr_jax.data import media
+from ivcr_jax.data import media, pictures
 from ivcr_jax.data.media import StrPath, VideoError, VideoInfo, VideoNoFramesError
 
 _T = TypeVar("_T")
@@ -50,6 +47,18 @@ class Frames:
     """
 
     images: np.ndarray
+    times: np.ndarray
+    info: VideoInfo
+    damaged: int
+    substituted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """As `Frames`, with the images at several sizes u8[T, H, W, 3] by (H, W), and T thumbnails, complete JPEG files."""
+
+    images: dict[tuple[int, int], np.ndarray]
+    thumbnails: list[bytes]
     times: np.ndarray
     info: VideoInfo
     damaged: int
@@ -149,11 +158,44 @@ def sample_frames(
     scaler = VideoReformatter()
 
     def convert(frame: VideoFrame) -> np.ndarray:
-        turns = media.quarter_turns(frame)
-        return np.rot90(_pixels(_scale(scaler, frame, size, turns, "rgb24").planes[0], 3), -turns)
+        return pictures.rgb(scaler, frame, size)
 
     images, times, info, damaged, substituted = _pick(path, num_frames, rng, convert, threads)
     return Frames(np.stack(images), times, info, damaged, substituted)
+
+
+def sample_views(
+    path: StrPath,
+    num_frames: int,
+    *,
+    sizes: Collection[tuple[int, int]],
+    thumbnail_height: int,
+    quality: int,
+    threads: int = 1,
+) -> Views:
+    """The frames of `sample_frames` (without rng) at several sizes, and as thumbnails, from one pass of decoding.
+
+    Args:
+      path, num_frames, threads: as in `sample_frames`.
+      sizes: (H, W) of each size.
+      thumbnail_height: at most, in pixels. A thumbnail keeps the upright picture's aspect and is never larger than it.
+      quality: of the thumbnails, as in `sample_jpegs`.
+
+    Raises:
+      VideoError: as `sample_frames`.
+    """
+    scalers = {size: VideoReformatter() for size in sizes}  # each keeps its tables from frame to frame
+    jpeg: pictures.Jpeg | None = None
+
+    def convert(frame: VideoFrame) -> tuple[dict[tuple[int, int], np.ndarray], bytes]:
+        nonlocal jpeg
+        if jpeg is None:  # where a later frame has another aspect, it takes that of the first
+            jpeg = pictures.Jpeg(pictures.within(frame, thumbnail_height), quality)
+        return {size: pictures.rgb(scaler, frame, size) for size, scaler in scalers.items()}, jpeg.write(frame)
+
+    items, times, info, damaged, substituted = _pick(path, num_frames, None, convert, threads)
+    images = {size: np.stack([views[size] for views, _ in items]) for size in scalers}
+    return Views(images, [thumbnail for _, thumbnail in items], times, info, damaged, substituted)
 
 
 def sample_jpegs(
@@ -172,19 +214,7 @@ def sample_jpegs(
     Raises:
       VideoError: as `sample_frames`.
     """
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality is {quality}, expected 1..100.")
-    scaler, encoder, count = VideoReformatter(), _jpeg_encoder(size, quality), 0
-
-    def convert(frame: VideoFrame) -> bytes:
-        nonlocal count
-        turns = media.quarter_turns(frame)
-        picture = _upright(_scale(scaler, frame, size, turns, "yuvj420p"), turns)
-        picture.pts, picture.time_base = count, encoder.time_base  # the encoder wants times that grow
-        count += 1
-        return b"".join(bytes(packet) for packet in encoder.encode(picture))
-
-    return EncodedFrames(*_pick(path, num_frames, None, convert, threads))
+    return EncodedFrames(*_pick(path, num_frames, None, pictures.Jpeg(size, quality).write, threads))
 
 
 def decode_jpegs(jpegs: Sequence[bytes], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
@@ -214,7 +244,7 @@ def decode_jpegs(jpegs: Sequence[bytes], size: tuple[int, int], out: np.ndarray 
         if not frame or frame[0] is None:
             raise JpegError(f"jpeg {index} of {len(jpegs)}", f"{len(data)} bytes that are no JPEG file.")
         rgb = scaler.reformat(frame[0], size[1], size[0], "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
-        out[index] = _pixels(rgb.planes[0], 3)
+        out[index] = pictures.pixels(rgb.planes[0], 3)
     return out
 
 
@@ -315,52 +345,3 @@ def _decode(
             take(*before)
     times = ((line.pts[taken] - line.pts[0]) * line.tick).astype(np.float32)
     return items, times, info, damaged, substituted + len(pending)
-
-
-def _scale(
-    scaler: VideoReformatter, frame: VideoFrame, size: tuple[int, int], turns: int, pixel_format: str
-) -> VideoFrame:
-    """The frame in a full-range format, resized so that `turns` quarter turns make it `size`."""
-    height, width = size[::-1] if turns % 2 else size
-    return scaler.reformat(
-        frame,
-        width,
-        height,
-        pixel_format,
-        dst_colorspace=Colorspace.ITU601,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=Interpolation.BILINEAR,
-        threads=1,
-    )
-
-
-def _pixels(plane: VideoPlane, channels: int) -> np.ndarray:
-    """A view of a plane without its row padding: u8[H, W, channels]."""
-    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
-    return rows[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
-
-
-def _upright(frame: VideoFrame, turns: int) -> VideoFrame:
-    """A planar frame, turned clockwise. The copy has no display matrix, which an encoder might store."""
-    if not turns:
-        return frame
-    width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
-    turned = VideoFrame(width, height, frame.format.name)
-    turned.color_range, turned.colorspace = frame.color_range, frame.colorspace
-    for source, target in zip(frame.planes, turned.planes, strict=True):
-        _pixels(target, 1)[:] = np.rot90(_pixels(source, 1), -turns)
-    return turned
-
-
-def _jpeg_encoder(size: tuple[int, int], quality: int) -> VideoCodecContext:
-    """libav's JPEG encoder at a constant quantiser. Opening one takes 0.06 ms, so each call makes its own."""
-    encoder = VideoCodecContext.create("mjpeg", "w")
-    encoder.height, encoder.width = size
-    encoder.pix_fmt = "yuvj420p"
-    encoder.time_base = Fraction(1, 25)
-    encoder.sample_aspect_ratio = Fraction(1, 1)  # or there would be no JFIF header
-    encoder.thread_count = 1  # or packets would come late
-    encoder.qmin = encoder.qmax = 1 + round((100 - quality) / 5)
-    encoder.options = {"huffman": "default"}  # optimal tables: 5 % smaller, 30 % slower
-    encoder.flags |= Flags.bitexact  # no version string in each file
-    return encoder

@@ -386,7 +386,7 @@ def arithmetic(config: InterLLaVAConfig, content: Content, frames: int) -> dict[
     abstract = nnx.state(nnx.eval_shape(lambda: InterLLaVA(config, nnx.Rngs(0))), nnx.Param)
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(abstract)]
     factors = {f"model.{path}": 0.0 if re.fullmatch(FROZEN, path) else 1.0 for path in paths}
-    sentence = batches.frame_text_length(content.tokenizer, STYLE)
+    sentence = encoding.frame_text_length(content.tokenizer, STYLE)
     times = dict.fromkeys(content.videos.number, [12.3] * frames)
     (dialogue, *_) = content.dialogues
     found: dict[str, dict[int, float]] = {variant: {0: 0.0} for variant in VARIANTS if variant != "peer"}

@@ -662,3 +662,29 @@ class TestRealClips:
 
         upright, *others = [best_match(np.rot90(turned, turns)) for turns in range(4)]
         assert upright > 1.5 * max(others)
+
+
+class TestViews:
+    def test_are_the_frames_at_each_size_from_one_pass(self, pictures, monkeypatch):
+        opened = []
+        open_video = media.open_video
+        monkeypatch.setattr(media, "open_video", lambda path: opened.append(path) or open_video(path))
+        sizes = [(48, 48), (30, 64)]
+        views = video.sample_views(pictures, 5, sizes=sizes, thumbnail_height=40, quality=90)
+        assert len(opened) == 2  # for its times, and to decode
+        for size in sizes:
+            frames = video.sample_frames(pictures, 5, size=size)
+            np.testing.assert_array_equal(views.images[size], frames.images)
+            np.testing.assert_array_equal(views.times, frames.times)
+            assert views.info == frames.info
+        height, width = 40, round(40 * frames.info.width / frames.info.height)
+        jpegs = video.sample_jpegs(pictures, 5, size=(height, width), quality=90).jpegs
+        assert views.thumbnails == jpegs and [*views.images] == sizes
+
+    @pytest.mark.parametrize(("rotation", "most", "size"), [(0, 24, (24, 40)), (90, 40, (40, 24)), (0, 100, SIZE)])
+    def test_thumbnails_keep_the_aspect_and_do_not_grow(self, tmp_path, rotation, most, size):
+        path = write_video(tmp_path / "a.mov", count=4, rotation=rotation)
+        views = video.sample_views(path, 2, sizes=[(16, 16)], thumbnail_height=most, quality=90)
+        for jpeg in views.thumbnails:
+            (frame,) = av.CodecContext.create("mjpeg", "r").decode(av.Packet(jpeg))
+            assert (frame.height, frame.width) == size
