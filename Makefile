@@ -41,6 +41,7 @@ benchmark: install
 	$(BIN)/python -m tests.benchmarks.data
 	$(BIN)/python -m tests.benchmarks.convert --layers=4
 	$(BIN)/python -m tests.benchmarks.scheme
+	$(BIN)/python -m tests.benchmarks.search
 
 learning: install
 	$(BIN)/python -m tests.benchmarks.learning --out=build/learning

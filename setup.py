@@ -43,6 +43,7 @@ EXTRAS = {
     "build": ["apache-beam==2.77.0", "mlcroissant==1.1.1", "tensorflow-cpu==2.21.0"],
     "dev": [
         "dill==0.4.1",  # tfds.testing imports it without declaring it; the version Beam asks for
+        "faiss-cpu==1.15.1",  # the peer of tests/benchmarks/search.py
         "jinja2==3.1.6",
         # The compiler for TPUs, as jax[tpu] of these versions would bring it. Without a TPU it only compiles.
         f"libtpu==0.0.42.1; {PY311}",

@@ -248,7 +248,7 @@ def _describe(file: _File, views: Views, record: str, record_size: int) -> Video
     title = file.id.rpartition("/")[2].replace("_", " ")
     return Video(
         file.id, file.path, corpus_of(file.id), title, info.duration, info.width, info.height, info.fps,
-        len(views.times), file.size, file.mtime_ns, record, record_size,
+        len(views.times), views.damaged, file.size, file.mtime_ns, record, record_size,
     )  # fmt: skip
 
 
@@ -287,9 +287,11 @@ def _scan(folder: epath.PathLike) -> tuple[list[_File], list[Problem], int]:
 
 
 def _width(export: epath.PathLike) -> int:
+    """Of the vectors that an export makes. Raises ValueError where it lacks a model, before anything is written."""
     config = bundle.BundleConfig.from_json((epath.Path(export) / bundle.CONFIG).read_text())
-    if config.retriever is None:
-        raise ValueError(f"{export}: found no retriever, expected an export with both models")
+    if config.model is None or config.retriever is None:
+        lacking = "dialogue model" if config.model is None else "retriever"
+        raise ValueError(f"{export}: found no {lacking}, expected an export with both models")
     return config.retriever.vit.width
 
 
@@ -333,7 +335,7 @@ def _print_list(contents: Contents) -> None:
     for video in contents.videos:
         picture = f"{video.width}x{video.height}"
         row = f"{video.id:{width}}  {video.duration:9.1f}  {picture:>9}  {video.frames:6}  {video.title}"
-        print(_shown(row))
+        print(_shown(row + (f" ({video.damaged} packets did not decode)" if video.damaged else "")))
     print(f"{len(contents.videos)} videos, {len(contents.problems)} problems")
 
 

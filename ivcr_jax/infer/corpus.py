@@ -49,6 +49,7 @@ class Video:
       title: the file's name, for people.
       duration: seconds. width, height: pixels of the upright picture. fps: frames per second.
       frames: T, how many were used.
+      damaged: packets that did not decode, among those read.
       size, mtime_ns: of the file that was read, bytes and nanoseconds.
       record: the name of its record. record_size: its bytes.
     """
@@ -62,6 +63,7 @@ class Video:
     height: int
     fps: float
     frames: int
+    damaged: int
     size: int
     mtime_ns: int
     record: str
@@ -261,9 +263,10 @@ def read_contents(folder: epath.PathLike, fingerprint: str | None = None) -> Con
 def read_checked(folder: epath.PathLike, fingerprint: str | None) -> tuple[Contents, np.ndarray]:
     """The contents and the vectors f32[N, Dr] of a whole corpus. Raises CorpusError as `Corpus.open`."""
     contents = read_contents(folder, fingerprint)
+    vectors = read_vectors(folder, contents)  # at once: a writer replaces them
     for video in contents.videos:
         check_record(folder, video)
-    return contents, read_vectors(folder, contents)
+    return contents, vectors
 
 
 def check_record(folder: epath.PathLike, video: Video) -> None:

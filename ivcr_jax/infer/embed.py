@@ -22,13 +22,11 @@ class Embedder:
     rows: B, videos at once."""
 
     def __init__(self, bundle: Bundle, mesh: Mesh, batch: int) -> None:
-        """Takes a bundle that was loaded onto the mesh; `batch` videos at once on each of its devices.
+        """Takes a bundle of both models that was loaded onto the mesh; `batch` videos at once on each of its devices.
 
-        Raises ValueError where the bundle lacks a model, or a tokenizer that its Q-Former needs.
+        Raises ValueError where it lacks a tokenizer that its Q-Former needs.
         """
-        if bundle.model is None or bundle.retriever is None:
-            lacking = "dialogue model" if bundle.model is None else "retriever"
-            raise ValueError(f"the export holds no {lacking}; a corpus needs both models")
+        assert bundle.model is not None and bundle.retriever is not None
         encoder, moment, retriever = bundle.model.encoder, bundle.model.moment, bundle.retriever
         self._reads_text = bool(encoder.qformer.config.vocab_size)
         if self._reads_text and bundle.tokenizer is None:

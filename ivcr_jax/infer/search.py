@@ -44,7 +44,7 @@ class Index:
         count = -(-share * BATCHES[-1] * 4 // SCORES_BYTES)
         self._rows = -(-share // count) if count else 0  # of a block on one device
         self._share = count * self._rows
-        self._blocks = [self._place(vectors, number) for number in range(count)]
+        self._blocks = [self._put(self._of_block(vectors, number)) for number in range(count)]
         there = np.ones(self.size, bool)
         # Where all rows of a block are there, no mask is read.
         masks = [self._of_block(there, number) for number in range(count)]
@@ -63,10 +63,12 @@ class Index:
           and the score -inf. On a TPU each of the k' is found with probability RECALL, elsewhere with certainty.
 
         Raises:
-          ValueError: for another shape or k.
+          ValueError: for another shape, k or mask, or for queries that are not finite.
         """
         if queries.ndim != 2 or queries.shape[1] != self.width:
             raise ValueError(f"queries are of shape {list(queries.shape)}; expected [B, {self.width}]")
+        if not np.isfinite(queries).all():
+            raise ValueError("queries hold values that are not finite; expected finite ones: no order is defined")
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
         if allowed is not None and (allowed.shape != (self.size,) or allowed.dtype != bool):
@@ -105,9 +107,6 @@ class Index:
                 part = np.concatenate([part, np.zeros((self._rows - len(part), *rows.shape[1:]), rows.dtype)])
             parts.append(part)
         return parts
-
-    def _place(self, vectors: np.ndarray, number: int) -> jax.Array:
-        return self._put(self._of_block(vectors, number))
 
     def _put(self, parts: list[np.ndarray]) -> jax.Array:
         """One array of all devices' parts, each on its device."""

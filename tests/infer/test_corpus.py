@@ -71,6 +71,7 @@ def test_records_are_what_the_models_say(export, videos, indexed):
     check_against_the_models(export, videos, indexed)
 
 
+@pytest.mark.slow
 def test_records_of_models_that_read_no_text(videos, tmp_path):
     """And in another batch, on one device."""
     export = write_export(tmp_path / "export", text=False)
@@ -136,7 +137,8 @@ def a_corpus_of(vectors, folder):
     names = [f"v{number:04}" for number in range(len(vectors))]
     (folder / stored.RECORDS).mkdir(parents=True)
     entries = {
-        name: stored.Video(name, f"{name}.mp4", "", name, 1.0, 8, 8, 25.0, 1, 1, 1, f"{name}.npz", 0) for name in names
+        name: stored.Video(name, f"{name}.mp4", "", name, 1.0, 8, 8, 25.0, 1, 0, 1, 1, f"{name}.npz", 0)
+        for name in names
     }
     for entry in entries.values():
         (folder / stored.RECORDS / entry.record).touch()
@@ -149,6 +151,7 @@ def test_groups_are_the_connected_components(tmp_path):
     vectors = rng.standard_normal((12, 8), np.float32)[rng.integers(0, 12, 150)]
     step = rng.standard_normal(8).astype(np.float32)
     vectors[100:140] = vectors[100] + 0.02 * np.arange(40)[:, None] * step  # a chain
+    vectors[20:40], vectors[60:80] = step, step + 0.01 * vectors[100]  # nearer to their own than to each other
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     near = vectors @ vectors.T >= 0.999
     expected = np.arange(150)
@@ -195,7 +198,7 @@ REFUSED = {
     "corpus.json cut off": (lambda f: cut(f / stored.ROOT, 300), r"found what is no JSON \(.*expected a whole corpus"),
     "another version": (lambda f: edit(f, version=2), "corpus.json: found format version 2, expected 1; index the"),
     "no corpus at all": (lambda f: (f / stored.ROOT).write_text("[1]"), "found format version None, expected 1"),
-    "a field less": (lambda f: edit(f, videos=[{}]), "corpus.json: .*missing 13 required.*; expected the fields of"),
+    "a field less": (lambda f: edit(f, videos=[{}]), "corpus.json: .*missing 14 required.*; expected the fields of"),
     "another export": (lambda f: edit(f, fingerprint="0" * 64), "was made with the export 000000000000, and this one"),
     "a record gone": (lambda f: first_record(f).unlink(), "found no record of cooking/b_fish .*, expected [0-9]+ byte"),
     "a record cut off": (

@@ -191,6 +191,7 @@ def test_a_writer_in_another_process_is_refused(corpus):
     assert len(stored.read_contents(corpus).videos) == 4
 
 
+@pytest.mark.slow
 def test_broken_files_are_listed_and_tried_again_when_they_change(export, folder, corpus, started, monkeypatch):
     (folder / "text.mp4").write_text("no video at all")
     (folder / "empty.mkv").touch()
@@ -333,13 +334,15 @@ def test_verify_says_what_is_wrong(corpus):
     ]
 
 
-def test_an_export_with_one_model_is_refused(export, videos, tmp_path):
-    found = bundle.load(export)
-    config = bundle.BundleConfig(found.config.model, None, found.config.style)
-    tokenizers = {bundle.TOKENIZER: found.tokenizer.proto}
-    bundle.save(tmp_path / "half", config, model=bundle.weights(found.model), tokenizers=tokenizers)
-    with pytest.raises(ValueError, match="half: found no retriever, expected an export with both models"):
-        index.add(tmp_path / "half", videos, tmp_path / "corpus")
+@pytest.mark.parametrize(("lacking", "name"), [("model", "dialogue model"), ("retriever", "retriever")])
+def test_an_export_with_one_model_is_refused(export, videos, tmp_path, lacking, name):
+    folder = shutil.copytree(export, tmp_path / "half")
+    shutil.rmtree(folder / lacking)
+    config = json.loads((folder / bundle.CONFIG).read_text())
+    (folder / bundle.CONFIG).write_text(json.dumps(config | {lacking: None}))
+    with pytest.raises(ValueError, match=f"half: found no {name}, expected an export with both models"):
+        index.add(folder, videos, tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
 
 
 def command(*arguments):
@@ -384,6 +387,7 @@ def test_real_clips(realdata, export, tmp_path):
     rows = json.loads((realdata / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
     clips = {video_id(row["file"].removeprefix("clips/")): row for row in rows if "clip" in row["kind"]}
     assert {video.id for video in done.contents.videos} == {*clips} and done.contents.problems == ()
+    assert {video.id for video in done.contents.videos if video.damaged} == {"edge/corrupted"}
     for video in done.contents.videos:
         media = clips[video.id]["media"]
         assert video.duration >= media["last_pts"] - media["first_pts"]

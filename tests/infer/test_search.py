@@ -145,6 +145,7 @@ print(re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", merge))
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_it_compiles_for_tpus():
     """With the kernel for TPUs, and k a device and a query exchanged."""
     root = pathlib.Path(__file__).parents[2]
@@ -174,6 +175,8 @@ def test_what_does_not_fit_is_said():
         Index(np.zeros((5, 4)))
     with pytest.raises(ValueError, match=r"queries are of shape \[1, 3\]; expected \[B, 4\]"):
         index.search(queries[:, :3], 1)
+    with pytest.raises(ValueError, match="queries hold values that are not finite"):
+        index.search(queries * np.nan, 1)
     with pytest.raises(ValueError, match="k is 0; expected at least 1"):
         index.search(queries, 0)
     with pytest.raises(ValueError, match=r"allowed is float64\[5\]; expected bool\[5\]"):
