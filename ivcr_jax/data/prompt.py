@@ -103,30 +103,31 @@ def render(turns: Sequence[PromptTurn], style: PromptStyle) -> list[tuple[str, s
     Raises:
       ValueError: for a moment turn that does not show exactly one video.
     """
-    texts = []
-    for place, turn in enumerate(turns):
-        wording = _WORDING[turn.language if style.localized else "en"]
-        shown = [VIDEO_TOKEN] * len(turn.numbers)
-        if style.numbered:
-            shown = [f"{VID} {number} {VID_END} {VIDEO} {VIDEO_TOKEN} {VIDEO_END}" for number in turn.numbers]
-        message = turn.user
-        if turn.intent == Intent.VIDEO and shown:
-            comma = wording.comma if style.numbered else ""
-            message = wording.candidates + comma.join(shown) + wording.stop + message
-        elif turn.intent == Intent.MOMENT:
-            if len(shown) != 1:
-                raise ValueError(f"turn {place} asks for a moment and shows {len(shown)} videos; expected one")
-            times = ""
-            if style.frame_times and turn.times:
-                listed = ", ".join(seconds(time) for time in turn.times)
-                times = wording.times.format(count=len(turn.times), times=listed)
-            message = wording.current + shown[0] + wording.stop + times + message
-        system = f"<<SYS>>\n{wording.system}\n<</SYS>>\n\n" if place == 0 else ""
-        # The template strips the content after the system text is put before it.
-        prompt = f"{BOS}{INST} {(system + message).strip()} {INST_END}"
-        answer = "" if turn.answer is None else f" {turn.answer.strip()} {EOS}"
-        texts.append((prompt, answer))
-    return texts
+    return [render_turn(turn, style, place == 0) for place, turn in enumerate(turns)]
+
+
+def render_turn(turn: PromptTurn, style: PromptStyle, first: bool) -> tuple[str, str]:
+    """The text of one turn, as `render`. `first`: whether the dialogue begins with it."""
+    wording = _WORDING[turn.language if style.localized else "en"]
+    shown = [VIDEO_TOKEN] * len(turn.numbers)
+    if style.numbered:
+        shown = [f"{VID} {number} {VID_END} {VIDEO} {VIDEO_TOKEN} {VIDEO_END}" for number in turn.numbers]
+    message = turn.user
+    if turn.intent == Intent.VIDEO and shown:
+        comma = wording.comma if style.numbered else ""
+        message = wording.candidates + comma.join(shown) + wording.stop + message
+    elif turn.intent == Intent.MOMENT:
+        if len(shown) != 1:
+            raise ValueError(f"a turn asks for a moment and shows {len(shown)} videos; expected one: {turn.user!r}")
+        times = ""
+        if style.frame_times and turn.times:
+            listed = ", ".join(seconds(time) for time in turn.times)
+            times = wording.times.format(count=len(turn.times), times=listed)
+        message = wording.current + shown[0] + wording.stop + times + message
+    system = f"<<SYS>>\n{wording.system}\n<</SYS>>\n\n" if first else ""
+    # The template strips the content after the system text is put before it.
+    prompt = f"{BOS}{INST} {(system + message).strip()} {INST_END}"
+    return prompt, "" if turn.answer is None else f" {turn.answer.strip()} {EOS}"
 
 
 def seconds(time: float) -> str:
@@ -159,3 +160,13 @@ def without_control_tokens(text: str) -> str:
         for token in CONTROL_TOKENS:
             text = text.replace(token, "")
     return text.strip()
+
+
+def as_text(text: str) -> str:
+    """The text with a space of no width within every string that the prompt's structure is made of.
+
+    So what a person writes is read as it looks, and never as structure.
+    """
+    for token in CONTROL_TOKENS:
+        text = text.replace(token, f"{token[0]}\u200b{token[1:]}")
+    return text

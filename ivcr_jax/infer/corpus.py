@@ -146,11 +146,11 @@ class Corpus:
 
         Raises ValueError where there is none, and CorpusError where its record cannot be read.
         """
-        return read_record(self._folder, self._video(name))
+        return read_record(self._folder, self.video(name))
 
     def thumbnails(self, name: str) -> list[bytes]:
         """A JPEG file of each frame of the video with this id. Raises as `read`."""
-        arrays = _load(self._folder, self._video(name), ("thumbnails", "thumbnail_sizes"))
+        arrays = _load(self._folder, self.video(name), ("thumbnails", "thumbnail_sizes"))
         return split_thumbnails(arrays["thumbnails"], arrays["thumbnail_sizes"])
 
     def allowed(
@@ -226,7 +226,8 @@ class Corpus:
             raise ValueError(f"found no video {name!r} in {self._folder}; expected one of its {len(self.videos)} ids")
         return self._number[name]
 
-    def _video(self, name: str) -> Video:
+    def video(self, name: str) -> Video:
+        """The entry of the video with this id. Raises ValueError where there is none."""
         return self.videos[self._index_of(name)]
 
 

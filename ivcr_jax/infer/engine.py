@@ -104,6 +104,7 @@ class Engine:
 
     Attributes:
       model: its decoder's layers are a list from here on.
+      rank_keys: states of visual tokens f[..., D] -> f[..., 2 E], see `RankHead.keys`.
       counts: text_tokens, visual_tokens: that went through the decoder; blocks: put ready into a context.
     """
 
@@ -129,6 +130,7 @@ class Engine:
         self._blocks = jit(_blocks)
         self._scores = jit(lambda model, *args: model.rank(*args))
         self._moment = jit(lambda model, *args: model.moment(*args))
+        self.rank_keys = jit(lambda model, hidden: model.rank.keys(hidden))
 
     def context(self, rows: int) -> Context:
         """Rows that have read nothing. Text begins after the positions that every block has."""

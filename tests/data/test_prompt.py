@@ -60,7 +60,7 @@ def test_videos_can_be_shown_without_their_numbers():
 
 
 def test_moment_turn_shows_one_video():
-    with pytest.raises(ValueError, match="turn 0 .* shows 2 videos; expected one"):
+    with pytest.raises(ValueError, match="a turn asks for a moment and shows 2 videos; expected one"):
         render([PromptTurn("When?", "x", Intent.MOMENT, "en", (1, 2))], PUBLISHED)
 
 

@@ -1,0 +1,97 @@
+"""The models of an export, ready to converse: both tokenizers, the engine, and videos' blocks as they are needed."""
+
+import collections
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from ivcr_jax import bundle
+from ivcr_jax.config import listed
+from ivcr_jax.data.tokenizer import encode_query
+from ivcr_jax.infer.corpus import Corpus, Record
+from ivcr_jax.infer.engine import Block, Context, Engine
+from ivcr_jax.infer.grammar import Grammar
+from ivcr_jax.models.layers import Compute
+
+BLOCK_BYTES = 2**30  # of keys and values of videos that are kept at hand
+
+
+class Assistant:
+    """What sessions share.
+
+    Attributes:
+      fingerprint: of the export; a corpus must have been made with the same.
+      tokenizer: of the decoder. style: of its prompts. frames: T, at most, of a video. isolated: whether a video's keys
+        and values are the same in every context. engine, grammar: to read and write with.
+      fits: the first stage's score below which nothing fits, or None where the export names none.
+    """
+
+    def __init__(self, export: epath.PathLike, *, compute: Compute = Compute(dtype="float32")) -> None:
+        """Loads an export.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: it lacks a model or a tokenizer, or its tokenizer cannot be constrained.
+        """
+        loaded = bundle.load(export, compute=compute)
+        model, retriever = loaded.model, loaded.retriever
+        tokenizer, queries = loaded.tokenizer, loaded.retriever_tokenizer
+        if model is None or retriever is None or tokenizer is None or queries is None:
+            parts = {"model": model, "retriever": retriever, "tokenizer": tokenizer, "retriever tokenizer": queries}
+            lacking = listed([name for name, part in parts.items() if part is None])
+            raise ValueError(f"{export}: found no {lacking}, expected both models with their tokenizers")
+        self.fingerprint = bundle.fingerprint(export)
+        self.tokenizer, self.style, self.frames = tokenizer, loaded.config.style, model.config.video.max_frames
+        # Then a video's keys and values are the same in every context.
+        self.isolated = model.config.layout == "isolated"
+        self.engine, self.grammar = Engine(model), Grammar(tokenizer)
+        self.fits: float | None = None
+        self._queries, self._longest = queries, retriever.config.text.max_tokens
+        definition, self._retriever = nnx.split(retriever)
+        self._embed = jax.jit(lambda state, tokens: nnx.merge(definition, state).embed_text(tokens))
+        self._blocks: collections.OrderedDict[tuple[int, str], Block] = collections.OrderedDict()
+
+    def embed(self, query: str) -> np.ndarray:
+        """f32[Dr], of length 1: a query for the first stage."""
+        ids = np.array([encode_query(query, self._queries, self._longest)], np.int32)
+        return np.asarray(self._embed(self._retriever, ids)[0])
+
+    def blocks(self, corpus: Corpus, names: Sequence[str]) -> list[Block]:
+        """Videos of a corpus in the decoder: those at hand as they are, the others computed, all at once."""
+        keys = [(id(corpus), name) for name in names]
+        if missing := [key for key in dict.fromkeys(keys) if key not in self._blocks]:
+            records = [corpus.read(name) for _, name in missing]
+            tokens, there = (np.stack([getattr(r, part) for r in records]) for part in ("tokens", "token_mask"))
+            self._blocks |= zip(missing, self.engine.encode_blocks(tokens, there), strict=True)
+        for key in keys:
+            self._blocks.move_to_end(key)
+        found = [self._blocks[key] for key in keys]
+        size = sum(block.nbytes for block in self._blocks.values())
+        while size > BLOCK_BYTES and len(self._blocks) > len(names):
+            size -= self._blocks.popitem(last=False)[1].nbytes
+        return found
+
+    def moment(
+        self, context: Context, record: Record, duration: float, after: float
+    ) -> tuple[tuple[float, float], float]:
+        """Where in a video, by the context's last state: seconds (start, end) and their probability.
+
+        Args:
+          record: the video's. duration: its seconds. after: seconds before which it may not begin.
+        """
+        frames = len(record.times)
+        spare = self.frames - frames
+        keys, times = (np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (record.moment_keys, record.times))
+        there = np.arange(frames + spare) < frames
+        found = self.engine.moment(context, keys[None], times[None], there[None], np.array([duration], np.float32))
+        starts, ends = np.asarray(found.starts)[0], np.asarray(found.ends)[0]
+        joint = jax.nn.log_softmax(found.start_logits[0])[:, None] + jax.nn.log_softmax(found.end_logits[0])[None]
+        possible = np.triu(np.ones(joint.shape, bool)) & there[:, None] & there[None]
+        later = possible & (starts >= after)[:, None]
+        scores = np.where(later if later.any() else possible, np.asarray(joint), -np.inf)
+        first, last = np.unravel_index(int(scores.argmax()), scores.shape)
+        start, end = float(starts[first]), float(max(starts[first], ends[last]))
+        return (start, end), float(np.exp(scores[first, last]))
