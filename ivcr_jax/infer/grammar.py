@@ -97,7 +97,7 @@ class Answer:
         self._queue: collections.deque[int] = collections.deque()
         self.done, self.text = False, ""
         if fixed is not None:
-            self._queue.extend([*self._continued(f" {fixed} "), self._tokenizer.eos_id])
+            self._queue.extend([*self._continued(f"{fixed} "), self._tokenizer.eos_id])
 
     def take(self, free: int, barred: int) -> int:
         """The next token, given the model's choice among all, and among those without digits."""
@@ -146,6 +146,8 @@ class Answer:
 
     def _continued(self, text: str) -> list[int]:
         """The tokens of a text behind what is written, as they are where all is encoded at once."""
+        if not self._ids:  # the tokenizer puts the space before an answer itself
+            text = text.lstrip()
         # Behind a special token, as an answer is behind the prompt's end.
         before = self._tokenizer.encode(prompt.BOS + self.text)
         after = self._tokenizer.encode(prompt.BOS + self.text + text)

@@ -9,7 +9,7 @@ only.
 import dataclasses
 import re
 
-from ivcr_jax.data.dialogue import HAN, Intent
+from ivcr_jax.data.dialogue import Intent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +78,11 @@ _TALK = _cues(
 )  # fmt: skip
 # What a message may say besides without telling what the video should show.
 _EMPTY = _cues(
+    rf"\b(?:\d+(?:st|nd|rd|th)|{'|'.join(_ORDINALS)})\b",
     r"\b(?:a|an|the|is|are|there|any|please|now|then|good|great|ok|okay|yes|no|do|you|have|can|could|me|give|show|find|"
     r"want|i|am|see|would|like|to|also|in|one|ones|video|videos|another|more|other|others|this|that|it|not|something|"
-    r"else|similar|of|these|with|look|looking|for|instead|different|close|but|wrong|and|first|second|third|number)\b",
-    r"[吗呢吧啊请有没再给我找个的一还要看想来换别类相似像这那样视频不是对它好你能第二三四五六七八九十些更多下]",
+    r"else|similar|of|these|with|look|looking|for|instead|different|close|but|wrong|and|number)\b",
+    r"[吗呢吧啊请有没再给我找个的一还要看想来换别类相似像这那样视频不是对它好你能第二三四五六七八九十些更多下四七八九十]",
     r"[\W\d_]",
 )
 
@@ -96,7 +97,7 @@ def understand(message: str, current: bool) -> Request:
     number = _number(message)
     rejects, similar = bool(_REJECTS.search(message)), bool(_SIMILAR.search(message))
     content = _EMPTY.sub(" ", message)
-    bare = len(content.split()) + len(HAN.findall(content)) < 2
+    bare = not content.strip()
     moment = bool(_MOMENT.search(message)) and (current or number is not None)
     find = bool(_FIND.search(message))
     # A question of time begins with its word; elsewhere "find" and "similar" are the stronger ones.

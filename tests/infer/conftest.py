@@ -34,9 +34,12 @@ QFORMER = QFormerConfig(queries=2, width=16, layers=1, heads=2, mlp_width=24, cr
 IDS = ["cooking/b_fish", "cooking/c", "d", "talks/2024/a"]
 
 
-def write_export(path, *, text=True, scale=1.0):
+TEXTS = ("This frame is sampled at 0123456789. second.", "The best match is video 3.", "找一个视频。最符合的是视频 3。")
+
+
+def write_export(path, *, text=True, scale=1.0, layout="isolated"):
     """A model folder. With text, the Q-Former reads when each frame is; `scale` is of the visual tokens."""
-    tokenizer = train_demo(["This frame is sampled at 0123456789. second."] * 3, 300)
+    tokenizer = train_demo(TEXTS * 3, 330)
     words = tokenizer.vocab_size - len(tokenizer.special_tokens)
     with_text = {"vocab_size": words, "max_text": 40} if text else {}
     model = InterLLaVAConfig(
@@ -47,6 +50,7 @@ def write_export(path, *, text=True, scale=1.0):
         llama=LlamaConfig(vocab_size=words, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16),
         rank=RankHeadConfig(width=16, heads=2),
         moment=MomentHeadConfig(width=16, layers=1, heads=2),
+        layout=layout,
     )
     retriever = RetrieverConfig(
         vit=dataclasses.replace(VIT, map_head=True),
@@ -61,7 +65,7 @@ def write_export(path, *, text=True, scale=1.0):
         bundle.BundleConfig(model, retriever, PromptStyle()),
         model=weights,
         retriever=bundle.weights(lively(lambda: Retriever(retriever, nnx.Rngs(0)))),
-        tokenizers={bundle.TOKENIZER: tokenizer.proto} if text else {},
+        tokenizers=dict.fromkeys((bundle.TOKENIZER, bundle.RETRIEVER_TOKENIZER), tokenizer.proto) if text else {},
     )
     return path
 
