@@ -1,9 +1,11 @@
 """The models of an export, ready to converse: both tokenizers, the engine, and videos' blocks as they are needed."""
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -14,6 +16,7 @@ from ivcr_jax.data.tokenizer import encode_query
 from ivcr_jax.infer.corpus import Corpus, Record
 from ivcr_jax.infer.engine import Block, Context, Engine
 from ivcr_jax.infer.grammar import Grammar
+from ivcr_jax.models.heads import ABSENT, Moments
 from ivcr_jax.models.layers import Compute
 
 BLOCK_BYTES = 2**30  # of keys and values of videos that are kept at hand
@@ -52,6 +55,7 @@ class Assistant:
         self._queries, self._longest = queries, retriever.config.text.max_tokens
         definition, self._retriever = nnx.split(retriever)
         self._embed = jax.jit(lambda state, tokens: nnx.merge(definition, state).embed_text(tokens))
+        self._best = jax.jit(Moments.best)
         self._blocks: collections.OrderedDict[tuple[int, str], Block] = collections.OrderedDict()
 
     def embed(self, query: str) -> np.ndarray:
@@ -77,7 +81,7 @@ class Assistant:
     def moment(
         self, context: Context, record: Record, duration: float, after: float
     ) -> tuple[tuple[float, float], float]:
-        """Where in a video, by the context's last state: seconds (start, end) and their probability.
+        """Where in a video, by the context's last state: seconds (start, end) and its expected IoU.
 
         Args:
           record: the video's. duration: its seconds. after: seconds before which it may not begin.
@@ -87,11 +91,10 @@ class Assistant:
         keys, times = (np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (record.moment_keys, record.times))
         there = np.arange(frames + spare) < frames
         found = self.engine.moment(context, keys[None], times[None], there[None], np.array([duration], np.float32))
-        starts, ends = np.asarray(found.starts)[0], np.asarray(found.ends)[0]
-        joint = jax.nn.log_softmax(found.start_logits[0])[:, None] + jax.nn.log_softmax(found.end_logits[0])[None]
-        possible = np.triu(np.ones(joint.shape, bool)) & there[:, None] & there[None]
-        later = possible & (starts >= after)[:, None]
-        scores = np.where(later if later.any() else possible, np.asarray(joint), -np.inf)
-        first, last = np.unravel_index(int(scores.argmax()), scores.shape)
-        start, end = float(starts[first]), float(max(starts[first], ends[last]))
-        return (start, end), float(np.exp(scores[first, last]))
+        later = found.starts >= after
+        if bool((later & there).any()):
+            starts = jnp.where(later, found.start_logits, ABSENT)
+            found = dataclasses.replace(found, start_logits=starts)
+        spans, scores = self._best(found)
+        start, end = np.asarray(spans)[0, 0].tolist()
+        return (start, end), float(scores[0, 0])

@@ -134,8 +134,7 @@ class Session:
         words = {"en": "Show me videos similar to this one.", "zh": "再给我找一些类似的视频。"}[language]
         request = Request(Intent.VIDEO, similar=True, bare=True)
         saved = {"like": video, "start": start, "end": end}
-        self._state = dataclasses.replace(self._state, current=video)
-        return self._turn(saved, words, request, [], stream, vector)
+        return self._turn(saved, words, request, [], stream, vector, video)
 
     def undo(self) -> Turn:
         """Takes the last turn back; returns it. Raises ValueError where there is none."""
@@ -220,10 +219,13 @@ class Session:
         notes: list[str],
         stream: Callable[[str], None] | None,
         vector: np.ndarray | None = None,
+        current: str | None = None,
     ) -> Turn:
         before = self._context, self._state
         clock = _Clock()
         try:
+            if current is not None:
+                self._state = dataclasses.replace(self._state, current=current)
             if self._state.positions[0] + LONGEST_MESSAGE + 512 > LONGEST_CONTEXT:
                 self._forget()
                 notes.append("The conversation has become too long; what was said before is forgotten.")

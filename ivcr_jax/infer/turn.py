@@ -18,7 +18,7 @@ class Ranked:
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """Attributes: video: its id. start, end: seconds. score: the probability that the moment head gives it."""
+    """Attributes: video: its id. start, end: seconds. score: its expected IoU with the moment, 0..1."""
 
     video: str
     start: float

@@ -112,16 +112,38 @@ class Moments:
         return jnp.stack([start, end], axis=-1)
 
     def best(self, count: int = 1) -> tuple[jax.Array, jax.Array]:
-        """The `count` likeliest spans whose end frame is not before their start frame.
+        """The `count` spans of frames that overlap most with where the moment may be.
+
+        By the expected IoU over all spans whose end frame is not before their start frame, each as likely as its two
+        boundaries together (minimum Bayes risk; Kumar and Byrne, HLT-NAACL 2004). The likeliest span alone is a poor
+        answer where many are nearly as likely.
 
         Returns:
-          f32[..., count, 2] seconds, and their log-probabilities f32[..., count]; over T (T + 1) / 2 spans the rest is
-          repeats at a log-probability of about ABSENT.
+          f32[..., count, 2] seconds, and their expected IoU f32[..., count], 0..1; over T (T + 1) / 2 spans the rest is
+          repeats at -1.
         """
         frames = self.starts.shape[-1]
         joint = jax.nn.log_softmax(self.start_logits)[..., :, None] + jax.nn.log_softmax(self.end_logits)[..., None, :]
-        joint = jnp.where(np.triu(np.ones((frames, frames), bool)), joint, ABSENT)
-        scores, flat = jax.lax.top_k(joint.reshape(*joint.shape[:-2], -1), count)
+        likely = jnp.where(np.triu(np.ones((frames, frames), bool)), joint, ABSENT)
+        share = jax.nn.softmax(likely.reshape(*joint.shape[:-2], -1)).reshape(joint.shape)[..., None, :, :]
+        starts, ends = self.starts[..., :, None], jnp.maximum(self.starts[..., :, None], self.ends[..., None, :])
+
+        def of_start(first: jax.Array) -> jax.Array:
+            """f32[..., T]: the expected IoU of the spans that begin with this frame, by their last."""
+            start = jnp.take(self.starts, first, axis=-1)[..., None, None, None]
+            end = jnp.take(ends, first, axis=-2)[..., :, None, None]
+            overlap = jnp.maximum(
+                jnp.minimum(end, ends[..., None, :, :]) - jnp.maximum(start, starts[..., None, :, :]), 0
+            )
+            union = (end - start) + (ends - starts)[..., None, :, :] - overlap
+            found = (share * overlap / jnp.maximum(union, 1e-6)).sum((-2, -1))
+            return jnp.where(np.arange(frames) >= first, found, -1.0)
+
+        # One start at a time: all pairs of spans at once would be T^4.
+        gain = jnp.moveaxis(jax.lax.map(of_start, np.arange(frames)), 0, -2)
+        there = (self.start_logits > ABSENT)[..., :, None] & (self.end_logits > ABSENT)[..., None, :]
+        gain = jnp.where(there, gain, -1.0)
+        scores, flat = jax.lax.top_k(gain.reshape(*gain.shape[:-2], -1), count)
         start = jnp.take_along_axis(self.starts, flat // frames, axis=-1)
         end = jnp.take_along_axis(self.ends, flat % frames, axis=-1)
         return jnp.stack([start, jnp.maximum(start, end)], axis=-1), scores

@@ -268,12 +268,19 @@ def made_up(frames, there, seed=0):
 @pytest.mark.parametrize(("frames", "there"), [(1, 1), (5, 5), (6, 4)])
 @pytest.mark.parametrize("seed", range(4))
 def test_best_is_a_loop_over_spans(frames, there, seed):
+    """The expected IoU of every span, by every span that the moment may be."""
     moments = made_up(frames, there, seed)
-    start = np.log(softmax(np.asarray(moments.start_logits, np.float64)[:there]))
-    end = np.log(softmax(np.asarray(moments.end_logits, np.float64)[:there]))
-    spans = [(start[i] + end[j], [i, j + 0.75]) for i in range(there) for j in range(i, there)]
-    spans.sort(key=lambda item: -item[0])
-    count = there * (there + 1) // 2
+    start = softmax(np.asarray(moments.start_logits, np.float64)[:there])
+    end = softmax(np.asarray(moments.end_logits, np.float64)[:there])
+    possible = [(start[i] * end[j], i, j + 0.75) for i in range(there) for j in range(i, there)]
+    total = sum(share for share, *_ in possible)
+
+    def expected(a, b):
+        overlaps = [(share, max(0, min(b, d) - max(a, c)), b - a + d - c) for share, c, d in possible]
+        return sum(share * both / (lengths - both) for share, both, lengths in overlaps) / total
+
+    spans = sorted(([expected(a, b), [a, b]] for _, a, b in possible), key=lambda item: -item[0])
+    count = len(possible)
     found, scores = moments.best(count)
     assert found.tolist() == [span for _, span in spans]
     close(scores, [score for score, _ in spans], 1e-5)
@@ -281,8 +288,19 @@ def test_best_is_a_loop_over_spans(frames, there, seed):
     assert first.shape == (1, 2) and first[0].tolist() == spans[0][1] and score[0] == scores[0]
     if count < frames**2:  # after the last there are only repeats, known by their scores
         more, rest = moments.best(count + 1)
-        assert more[:count].tolist() == found.tolist() and rest[-1] <= ABSENT
+        assert more[:count].tolist() == found.tolist() and rest[-1] == -1
         assert more[-1, 0] <= more[-1, 1]
+
+
+def test_best_where_two_boundaries_are_likely_is_what_overlaps_most():
+    """By hand: two starts and two ends as likely as each other; no single pair is better than the middle."""
+    logits = jnp.log(jnp.array([0.4, 0.2, 0.4, 1e-9])), jnp.log(jnp.array([1e-9, 0.4, 0.2, 0.4]))
+    times = jnp.arange(4.0)
+    (span,), _ = Moments(*logits, times, times + 1).best()
+    assert span.tolist() == [0, 4], "which overlaps with all"
+    sure = Moments(jnp.array([0.0, 50, 0, 0]), jnp.array([0.0, 0, 50, 0]), times, times + 1)
+    (span,), (score,) = sure.best()
+    assert span.tolist() == [1, 3] and score == pytest.approx(1)
 
 
 def test_best_of_several_questions_is_each_ones_own():
