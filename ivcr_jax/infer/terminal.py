@@ -105,7 +105,7 @@ def timeline(duration: float, start: float, end: float, width: int) -> list[str]
     left, right = "0:00", clock(duration)
     cells = max(width - len(left) - len(right) - 2, 10)
     scale = cells / (duration or 1.0)
-    # Rounded first: 0.3 s of 1 s are three of ten cells, though 0.3 * 10 is a little more than 3.
+    # Rounded first: 0.55 s of 1 s are 55 of 100 cells, though 0.55 * 100 is a little more than 55.
     first = min(int(round(start * scale, 6)), cells - 1)
     last = min(max(-int(-round(end * scale, 6) // 1), first + 1), cells)
     bar = "─" * first + "█" * (last - first) + "─" * (cells - last)

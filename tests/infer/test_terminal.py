@@ -55,8 +55,10 @@ def test_an_empty_list_has_its_titles():
         ((24, 9.4, 13.1, 34), "0:00 ─────────█████────────── 0:24", "          0:09.4-0:13.1"),
         ((24, 23.9, 24, 34), "0:00 ───────────────────────█ 0:24", "                     0:23.9-0:24.0"),
         ((24, 0, 0, 34), "0:00 █─────────────────────── 0:24", "0:00.0-0:00.0"),
-        # Ten cells of a tenth of a second: 0.3 to 0.4 s is one of them.
-        ((1, 0.3, 0.4, 5), "0:00 ───█────── 0:01", "  0:00.3-0:00.4"),
+        # Ten cells of a tenth of a second: 0.6 to 0.7 s is one of them.
+        ((1, 0.6, 0.7, 5), "0:00 ──────█─── 0:01", "     0:00.6-0:00.7"),
+        # A hundred cells of a hundredth; in floats 0.29 * 100 is less than 29, and 0.55 * 100 more than 55.
+        ((1, 0.29, 0.55, 110), f"0:00 {'─' * 29}{'█' * 26}{'─' * 45} 0:01", f"{' ' * 40}0:00.3-0:00.6"),
     ],
 )
 def test_a_moment_in_its_video(arguments, bar, times):
