@@ -31,15 +31,19 @@ from tests.models.conftest import lively
 FRAMES = 6
 VIT = ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2, mlp_width=24, cls_token=False)
 QFORMER = QFormerConfig(queries=2, width=16, layers=1, heads=2, mlp_width=24, cross_every=1, vocab_size=0, max_text=0)
+WORDS = [
+    "Find a video of a fish.",
+    "When does it jump?",
+    "The best match is video 1.",
+    "找一个小狗的视频。",
+    "什么时候？",
+]
 IDS = ["cooking/b_fish", "cooking/c", "d", "talks/2024/a"]
-
-
-TEXTS = ("This frame is sampled at 0123456789. second.", "The best match is video 3.", "找一个视频。最符合的是视频 3。")
 
 
 def write_export(path, *, text=True, scale=1.0, layout="isolated"):
     """A model folder. With text, the Q-Former reads when each frame is; `scale` is of the visual tokens."""
-    tokenizer = train_demo(TEXTS * 3, 330)
+    tokenizer = train_demo([*WORDS, "This frame is sampled at 0123456789. second."] * 3, 400)
     words = tokenizer.vocab_size - len(tokenizer.special_tokens)
     with_text = {"vocab_size": words, "max_text": 40} if text else {}
     model = InterLLaVAConfig(
