@@ -115,7 +115,7 @@ class Console:
             video, moment = self._corpus.video(turn.moment.video), turn.moment
             for line in terminal.timeline(video.duration, moment.start, moment.end, min(_width(), WIDEST_BAR)):
                 self.tell(line)
-            self.tell(f"in {video.title}, probability {moment.score:.2f}", DIM)
+            self.tell(f"in {video.title}, expected IoU {moment.score:.2f}", DIM)
         elif turn.video is not None and turn.video != before:
             self._show_file(self._corpus.video(turn.video))
         if turn.evidence:

@@ -202,7 +202,7 @@ class _Page:
             f'<div class="timeline"><i style="left:{left:.2f}%;width:{right - left:.2f}%"></i></div>'
             f'<div class="ticks">{labels}</div>'
             f"<p><b>{clock(moment.start, 1)}-{clock(moment.end, 1)}</b> "
-            f'<span class="pale">probability {moment.score:.2f}</span></p></div>'
+            f'<span class="pale">expected IoU {moment.score:.2f}</span></p></div>'
         )
 
     def _heading(self, video: Video, number: int | None = None) -> str:

@@ -147,7 +147,7 @@ def test_the_frames_of_a_moment(written):
     assert captions(text, "evidence") == ["&#9670; 0:00.6", "&#9670; 0:01.2"]
     bar = next(attrs for tag, attrs, _ in Page(text).elements if tag == "i")
     assert bar["style"] == "left:31.25%;width:46.88%"  # 0.5 and 0.75 s of 1.6 s
-    assert "0:00.5-0:01.2" in text and "probability 0.40" in text
+    assert "0:00.5-0:01.2" in text and "expected IoU 0.40" in text
     labels = re.findall(r'<span style="left:([0-9.]+)%">([^<]*)<', text)
     # Every half second would be four labels, every fifth of one nine: too many.
     assert labels == [("0.00", "0:00"), ("31.25", "0:00.5"), ("62.50", "0:01")]
