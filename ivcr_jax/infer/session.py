@@ -146,7 +146,11 @@ class Session:
         return self.turns.pop()
 
     def _rewind(self) -> None:
+        """Takes the context back to the state."""
         state = self._state
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._context.cache)):
+            self._forget()  # it was interrupted within a call that was given the cache
+            return
         self._assistant.engine.cut(self._context, state.lengths, state.positions, state.hidden)
 
     def to_json(self) -> str:
@@ -232,10 +236,7 @@ class Session:
             turn = self._answer(message, request, notes, stream, vector, clock)
         except BaseException:  # an interrupt too: the turn has not been
             self._context, self._state = before
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._context.cache)):  # within a donating call
-                self._forget()
-            else:
-                self._rewind()
+            self._rewind()
             raise
         self._before.append(before)
         self._requests.append(saved)

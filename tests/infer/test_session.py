@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -317,6 +318,18 @@ def test_an_interrupted_turn_has_not_been(helper, corpus, talked):
             conversation.say(message, interrupt)
     assert conversation.turns == talked.turns[:2]
     assert conversation.say(SCRIPT[2]) == talked.turns[2]
+
+
+def test_a_cache_that_was_lost_is_begun_anew(helper, corpus):
+    """As by an interrupt within a call that was given it."""
+    conversation = Session(helper, corpus)
+    for message in SCRIPT[:3]:
+        conversation.say(message)
+    for leaf in jax.tree.leaves(conversation._context.cache):
+        leaf.delete()
+    conversation.undo()
+    assert len(conversation.turns) == 2 and conversation.current == conversation.turns[-1].video
+    assert conversation.say(SCRIPT[2]).intent == Intent.MOMENT
 
 
 def test_a_conversation_that_is_too_long_begins_anew(helper, corpus, monkeypatch):
