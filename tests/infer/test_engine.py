@@ -247,15 +247,16 @@ def test_odds_that_mean_nothing_are_refused(values):
         Sampling(**values)
 
 
+@pytest.mark.slow
 def test_many_answers_of_random_weights_all_parse(isolated, world):  # noqa: F811
-    """A thousand, in rows of fifty, in both languages, drawn hot."""
+    """A thousand, in rows of a hundred, in both languages, drawn hot."""
     _, _, model = isolated
     of_tokens = Grammar(world.tokenizer)
     rng = np.random.default_rng(0)
-    for batch in range(20):
-        context = model.context(50)
-        model.read(context, rng.integers(5, 200, (50, 6)).tolist())
-        wanted = [(int(rng.integers(1, 12)), (1.5, 20.0) if row % 3 else None) for row in range(50)]
+    for batch in range(10):
+        context = model.context(100)
+        model.read(context, rng.integers(5, 200, (100, 6)).tolist())
+        wanted = [(int(rng.integers(1, 12)), (1.5, 20.0) if row % 3 else None) for row in range(100)]
         answers = [
             Answer(of_tokens, ("en", "zh")[row % 2], number=number, span=span, limit=12)
             for row, (number, span) in enumerate(wanted)
