@@ -56,7 +56,7 @@ class Assistant:
         definition, self._retriever = nnx.split(retriever)
         self._embed = jax.jit(lambda state, tokens: nnx.merge(definition, state).embed_text(tokens))
         self._best = jax.jit(Moments.best)
-        self._blocks: collections.OrderedDict[tuple[int, str], Block] = collections.OrderedDict()
+        self._blocks: collections.OrderedDict[tuple[str, str], Block] = collections.OrderedDict()
 
     def embed(self, query: str) -> np.ndarray:
         """f32[Dr], of length 1: a query for the first stage."""
@@ -65,7 +65,7 @@ class Assistant:
 
     def blocks(self, corpus: Corpus, names: Sequence[str]) -> list[Block]:
         """Videos of a corpus in the decoder: those at hand as they are, the others computed, all at once."""
-        keys = [(id(corpus), name) for name in names]
+        keys = [(corpus.video(name).record, name) for name in names]  # a record's name tells its contents
         if missing := [key for key in dict.fromkeys(keys) if key not in self._blocks]:
             records = [corpus.read(name) for _, name in missing]
             tokens, there = (np.stack([getattr(r, part) for r in records]) for part in ("tokens", "token_mask"))

@@ -19,7 +19,7 @@ from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Intent, language_of
 from ivcr_jax.infer import grammar
 from ivcr_jax.infer.assistant import Assistant
-from ivcr_jax.infer.corpus import Corpus
+from ivcr_jax.infer.corpus import Corpus, Record
 from ivcr_jax.infer.engine import GREEDY, Context, Sampling
 from ivcr_jax.infer.turn import Moment, Ranked, Turn
 from ivcr_jax.infer.understanding import Request, understand
@@ -46,7 +46,7 @@ class _State:
 
 
 class Session:
-    """One conversation. Attributes: turns: so far. settings: with which it was made."""
+    """One conversation. Attributes: turns: so far."""
 
     def __init__(
         self,
@@ -306,7 +306,7 @@ class Session:
             vector = self._corpus.read(state.current).video
         if vector is None:
             vector = assistant.embed(prompt.retrieval_query(asked))
-        allowed = self._allowed & ~self._among(beside | rejected)
+        allowed = self._allowed & self._corpus.allowed(without=beside | rejected)
         first, found = self._corpus.search(vector[None], self._candidates, allowed)
         there = found[0] >= 0
         names, first = [self._corpus.videos[i].id for i in found[0][there]], first[0][there]
@@ -332,7 +332,7 @@ class Session:
         text = self._write(answer, stream, clock)
         video = ranking[0].id if fits else None
         self._keep(asked=asked, rejected=rejected, ranking=ranking, current=video, moment=None)
-        evidence = self._evidence(video, vector) if video else ()
+        evidence = self._evidence(self._corpus.read(video), vector) if video else ()
         return Turn(message, Intent.VIDEO, language, ranking, fits, video, text=text, evidence=evidence)
 
     def _locate(
@@ -358,7 +358,7 @@ class Session:
         moment = Moment(video, *span, score)
         self._keep(current=video, moment=moment)
         vector = assistant.embed(prompt.retrieval_query([message]))
-        evidence = self._evidence(video, vector, span)
+        evidence = self._evidence(record, vector, span)
         return Turn(
             message, Intent.MOMENT, language, state.ranking, video=video, moment=moment, text=text, evidence=evidence
         )
@@ -462,19 +462,15 @@ class Session:
         )
 
     def _evidence(
-        self, video: str, vector: np.ndarray, span: tuple[float, float] | None = None
+        self, record: Record, vector: np.ndarray, span: tuple[float, float] | None = None
     ) -> tuple[tuple[float, float], ...]:
         """Up to three frames of a video (within seconds of a span) that are nearest to a query f32[Dr]."""
-        record = self._corpus.read(video)
         scores = record.frames.astype(np.float32) @ vector
         inside = np.ones(len(scores), bool)
         if span is not None:
             inside = (record.times >= span[0]) & (record.times <= span[1])
         best = [i for i in np.argsort(-scores, kind="stable") if inside[i]][:3]
         return tuple((float(record.times[i]), float(scores[i])) for i in best)
-
-    def _among(self, names: frozenset[str]) -> np.ndarray:
-        return np.array([video.id in names for video in self._corpus.videos], bool)
 
 
 class _Clock:

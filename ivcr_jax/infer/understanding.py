@@ -2,7 +2,7 @@
 
 A message looks for a video, for a moment in the current one, or just talks; it may point at what was listed ("the
 second one", "第二个"), turn it down ("not this one", "不要这个"), or ask for something like it. These are cues of the
-wording alone. A message without any, a bare description, is UNSURE: what it goes with decides (see `session`). Strings
+wording alone. A message without any is a description: what it goes with decides (see `session`). Strings
 only.
 """
 
