@@ -3,9 +3,10 @@
     python -m ivcr_jax.train --config=configs/tiny.py[:STAGE] --workdir=RUN --config.init=INIT \\
       --config.data.dialogues=DATA/ivcr200k --config.data.videos=FEATURES
 
-with INIT from `ivcr_jax.pretrain` and FEATURES from `ivcr_jax.encode` (docs/training.md). The retriever alone learns
-from ten times as many queries a second, so it goes first (stage "retriever"); both go on (stage "both") from what
-`ivcr_jax.export` makes of its run. The stages "long-retriever" and "long" are the same for an hour.
+with INIT from `ivcr_jax.pretrain` and FEATURES from `ivcr_jax.encode` (docs/training.md). Without the decoder the
+retriever and the moment head learn from ten times as many turns a second, so they go first (stage "retriever"); both
+models go on (stage "both") from what `ivcr_jax.export` makes of its run. The stages "long-retriever" and "long" are the
+same for an hour.
 """
 
 import dataclasses
@@ -65,7 +66,7 @@ def config(stage: str = "both") -> TrainConfig:
         llama=LlamaConfig(vocab_size=VOCAB, width=96, layers=2, heads=4, kv_heads=4, mlp_width=192),
         lora=LoraConfig(rank=0),  # trained whole: there is nothing to adapt
         rank=RankHeadConfig(width=64, heads=4, first_stage=True),
-        moment=MomentHeadConfig(width=64, layers=2, heads=4),
+        moment=MomentHeadConfig(width=64, layers=2, heads=4, first_width=VIT.width),
     )
     retriever = RetrieverConfig(
         vit=dataclasses.replace(VIT, map_head=True),
@@ -92,9 +93,10 @@ def config(stage: str = "both") -> TrainConfig:
             keep_chat=False,
             threads=2,
         ),
-        losses=LossConfig(0, 0, 0, 0, 0, contrastive=1.0) if alone else LossConfig(contrastive=1.0),
+        losses=LossConfig(lm=0, rank=0, contrastive=1.0) if alone else LossConfig(contrastive=1.0),
         optim=OptimConfig(
-            rules=((r".*\.vit\.(?!head).*", 0.0), (".*", 1.0)),  # towers stay as pretraining left them
+            # Towers stay as pretraining left them.
+            rules=(*((r"model\.(?!moment\.).*", 0.0),) * alone, (r".*\.vit\.(?!head).*", 0.0), (".*", 1.0)),
             peak_lr=2e-3 if alone else 1.2e-3,
             initial_lr=1e-5,
             final_lr=4e-5,

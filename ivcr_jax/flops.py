@@ -88,19 +88,22 @@ def _parts(config: TrainConfig, frame_text: int, features: bool) -> list[list[_P
         e, f = m.rank.width, m.moment.width
         frame_states = turns * data.frames
         head, scores = _transformer(frame_states, data.frames, f, 4 * f, m.moment.layers)
-        head += frames * q.queries * 2 * q.width * 2 * f + turns * 2 * d * 2 * f
-        head += tokens * 2 * d * 2 * e + turns * 2 * (d + e) * e + turns * data.max_candidates * 2 * 2 * e * e
+        head += frames * q.queries * 2 * q.width * 2 * f + turns * 2 * (d + m.moment.first_width) * 2 * f
+        rank = tokens * 2 * d * 2 * e + turns * 2 * (d + e) * e + turns * data.max_candidates * 2 * 2 * e * e
         projection = windows * v.queries * 2 * v.width * d
         lora = c.layers * tokens * adapted * 2 * 2 * d * m.lora.rank
         decoder = c.layers * tokens * 2 * layer, c.layers * tokens * 2 * s * k * c.heads
         words = tokens * 2 * d * (c.vocab_size + c.added_tokens)
-        found.append(
-            [
-                *_vit(r"model\.encoder\.vit", m.vit, 0 if features else frames),
-                _Part(
-                    r"model\.encoder\.qformer\..*",
-                    *_qformer(q, frames, m.vit.patches + m.vit.cls_token, m.vit.width, text),
-                ),
+        of_frames = [
+            *_vit(r"model\.encoder\.vit", m.vit, 0 if features else frames),
+            _Part(
+                r"model\.encoder\.qformer\..*",
+                *_qformer(q, frames, m.vit.patches + m.vit.cls_token, m.vit.width, text),
+            ),
+        ]
+        decoded = []
+        if config.losses.decode:
+            decoded = [
                 _Part(
                     r"model\.encoder\.video_qformer\..*",
                     *_qformer(v, windows, m.video.window * per_frame, q.width, 0),
@@ -109,9 +112,9 @@ def _parts(config: TrainConfig, frame_text: int, features: bool) -> list[list[_P
                 _Part(r"model\.llama\.layers\..*\.lora\..*", lora),
                 _Part(r"model\.llama\.layers\.(?!.*\.lora\.).*", *decoder),
                 _Part(r"model\.llama\.head.*", words, shallow=True),
-                _Part(r"model\.(rank|moment)\..*", head, scores),
+                _Part(r"model\.rank\..*", rank),
             ]
-        )
+        found.append([*of_frames, *decoded, _Part(r"model\.moment\..*", head, scores)])
     if config.retriever is not None and config.losses.contrastive:
         r, vit = config.retriever, config.retriever.vit
         t, w = r.text, vit.width

@@ -63,6 +63,11 @@ class LossConfig:
         """Whether the dialogue model takes part."""
         return any(weight for name, weight in self.weights.items() if name != "contrastive")
 
+    @property
+    def decode(self) -> bool:
+        """Whether its decoder does: of a message alone the moment head can learn without, at a fraction of the cost."""
+        return bool(self.lm or self.rank)
+
 
 def counts(batch: Batch) -> Sums:
     """What each loss's sum is divided by: f32[] of learnt tokens, ranked turns, moments, queries."""
@@ -86,17 +91,19 @@ def asked(batch: Batch) -> jax.Array:
 def of_dialogues(out: Output, batch: Batch, logits: Callable[[jax.Array], jax.Array]) -> Sums:
     """The dialogue model's losses as sums f32[]: lm, rank, moment, moment_l1, moment_iou.
 
+    Where no decoder ran, without the first two.
+
     Args:
       out: of the model. batch: what it was given.
       logits: f[..., D] -> f32[..., vocabulary], of its decoder.
     """
-    ranked = jnp.where(batch["candidate_targets"] >= 0, rank(out.scores, batch["candidate_targets"]), 0)
-    moments = moment(out.moments, batch)
-    return {
-        "lm": lm(out.hidden, batch["targets"], batch["loss_mask"], logits),
-        "rank": ranked.sum(),
-        **{name: jnp.where(batch["moment_slots"] >= 0, values, 0).sum() for name, values in moments.items()},
-    }
+    there = batch["moment_slots"] >= 0
+    sums = {name: jnp.where(there, values, 0).sum() for name, values in moment(out.moments, batch).items()}
+    if out.hidden is not None and out.scores is not None:
+        targets = batch["candidate_targets"]
+        sums["lm"] = lm(out.hidden, batch["targets"], batch["loss_mask"], logits)
+        sums["rank"] = jnp.where(targets >= 0, rank(out.scores, targets), 0).sum()
+    return sums
 
 
 def lm(hidden: jax.Array, targets: jax.Array, mask: jax.Array, logits: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -109,10 +109,20 @@ class TrainConfig:
             raise ValueError("losses of the dialogue model have a weight, and there is no config.model")
         if self.losses.contrastive and self.retriever is None:
             raise ValueError("losses.contrastive has a weight, and there is no config.retriever")
-        if self.model and self.losses.of_model and self.model.rank.first_stage and not self.losses.contrastive:
-            raise ValueError(
-                "model.rank.first_stage is True, and no retriever is trained; losses.contrastive has no weight"
-            )
+        if self.model and self.losses.of_model:
+            rank, moment = self.model.rank.first_stage, self.model.moment.first_width
+            if (rank or moment) and not self.losses.contrastive:
+                found = "model.rank.first_stage is True" if rank else f"model.moment.first_width is {moment}"
+                raise ValueError(f"{found}, and no retriever is trained; losses.contrastive has no weight")
+            if not (moment or self.losses.decode):
+                raise ValueError(
+                    "losses.lm and losses.rank are 0, so no decoder runs, and model.moment.first_width is 0: a moment "
+                    "would have no question"
+                )
+            if moment and self.retriever and moment != self.retriever.vit.width:
+                raise ValueError(
+                    f"model.moment.first_width is {moment}; expected 0 or the retriever's {self.retriever.vit.width}"
+                )
         if self.losses.contrastive and self.accumulate > 1:
             raise ValueError(
                 f"accumulate is {self.accumulate}; expected 1: losses.contrastive compares all rows of a batch at once"
@@ -279,14 +289,16 @@ class Program:
     ) -> tuple[losses.Sums, Output | None, tuple[jax.Array, jax.Array] | None]:
         """Sums of all losses, what the dialogue model says, and the retriever's vectors of queries and of videos."""
         sums: losses.Sums = {}
-        out = embedded = first = None
+        out = embedded = first = texts = None
         if system.retriever is not None:
             embedded = losses.embeddings(system.retriever, batch)
             sums |= losses.of_retriever(system.retriever, *embedded, batch)
             if self.config.model and self.config.model.rank.first_stage:
                 first = losses.first_stage(*embedded, batch)
+            if self.config.model and self.config.model.moment.first_width:
+                texts = embedded[0]
         if system.model is not None:
-            out = system.model(batch, key, first)
+            out = system.model(batch, key, first, texts, self.config.losses.decode)
             sums |= losses.of_dialogues(out, batch, system.model.llama.logits)
         return sums, out, embedded
 
@@ -354,7 +366,9 @@ class Program:
         found: dict[str, Any] = {"counts": losses.counts(batch)}
         sums, out, embedded = self._apply(system, batch, None)
         if out is not None:
-            found |= {"ranked": out.scores.argmax(-1), "spans": out.moments.best()[0][..., 0, :]}
+            found["spans"] = out.moments.best()[0][..., 0, :]
+            if out.scores is not None:
+                found["ranked"] = out.scores.argmax(-1)
         if embedded is not None:
             found["texts"], found["videos"] = embedded
         names = ("candidate_targets", "moment_slots", "moment_spans", "turn_languages", "turn_videos", "video_numbers")

@@ -38,6 +38,7 @@ class Validation:
             there = found["candidate_targets"] >= 0
             right = found["ranked"] == found["candidate_targets"]
             self._right += zip(language[there].tolist(), right[there].tolist(), strict=True)
+        if "spans" in found:
             there = found["moment_slots"] >= 0
             ious = interval_iou(found["spans"][there], found["moment_spans"][there])
             self._ious += zip(language[there].tolist(), ious.tolist(), strict=True)
@@ -82,8 +83,10 @@ class Validation:
 def names(config: LossConfig) -> set[str]:
     """The metrics by which a checkpoint may be judged."""
     found = {"loss", *(name for name, weight in config.weights.items() if weight)}
+    if config.decode:
+        found.add("rank_r1")
     if config.of_model:
-        found |= {"rank_r1", "moment_miou", *(f"moment_r1_iou_{bar}" for bar in IOUS)}
+        found |= {"moment_miou", *(f"moment_r1_iou_{bar}" for bar in IOUS)}
     if config.contrastive:
         found |= {f"retrieval_r{recall}" for recall in RECALLS}
     return found

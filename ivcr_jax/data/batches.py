@@ -83,7 +83,8 @@ def empty_batch(rows: int, config: PackConfig, shape: BatchShape) -> dict[str, n
       candidate_slots, candidate_blocks i32[B, R, C]: a VIDEO turn's candidates: slot, and index in S of the first
         visual token. candidate_targets i32[B, R]: the place of the truth among them.
       moment_slots, moment_blocks i32[B, R]: a MOMENT turn's video. moment_spans f32[B, R, 2]: seconds.
-      queries i32[B, R, W]: what the first stage reads in a VIDEO turn; not there where W is 0.
+      queries i32[B, R, W]: what the first stage reads: of a VIDEO turn what is looked for, of a MOMENT turn its
+        message alone; not there where W is 0.
     """
     b, s, v, t, r = rows, config.seq_len, config.video_slots, config.frames, config.max_turns
     c = config.encoding.max_candidates
@@ -182,9 +183,12 @@ def fill_row(
             said = turns[number].turn
             if item.intent != Intent.CHAT:
                 batch["turn_videos"][row, turn] = videos.number[said.video_id]
-            if item.intent == Intent.VIDEO and queries is not None:
+            if item.intent == Intent.VIDEO:
                 asked.append(said.user)
-                batch["queries"][row, turn] = encode_query(prompt.retrieval_query(asked), queries, config.query_len)
+            if item.intent != Intent.CHAT and queries is not None:
+                # A moment is looked for in one video: what was asked of others says nothing of it.
+                about = asked if item.intent == Intent.VIDEO else [said.user]
+                batch["queries"][row, turn] = encode_query(prompt.retrieval_query(about), queries, config.query_len)
             _place_turn(batch, row, turn, start, item, encoded.videos, slot_of)
             batch["turn_segments"][row, turn] = segment
             batch["turn_records"][row, turn] = record

@@ -26,7 +26,7 @@ from ivcr_jax.data.scenes import CODECS, COLOURS, EVENTS, MOTIONS, SHAPES, SIZES
 CORPORA = ("Aster", "Birch", "Cedar", "Dune")
 CODEC_SHARES = {"h264": 0.64, "mpeg4": 0.18, "vp9": 0.08, "hevc": 0.1}
 # Raise when the same parameters would no longer give the same pictures.
-DRAWING = 1
+DRAWING = 2
 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "event")
 FAMILY = 5  # videos: a base and four edits
@@ -80,8 +80,9 @@ def _thing(rng: random.Random, duration: float, corner: int | None, base: Triple
     colour, shape, motion = base or (rng.choice([*COLOURS]), rng.choice(SHAPES), rng.choice(MOTIONS))
     event = rng.choice(EVENTS)
     second = rng.choice([other for other in COLOURS if other != colour])
-    length = rng.uniform(0.3, 0.5) * duration
-    start = rng.uniform(0.1 * duration, 0.9 * duration - length)
+    # Short and anywhere: were they long and central, answering always the same span would seem to be right.
+    length = rng.uniform(0.15, 0.4) * duration
+    start = rng.uniform(0, duration - length)
     middle = (round(rng.uniform(0.44, 0.56), 3), round(rng.uniform(0.44, 0.56), 3))
     return Thing(
         colour=colour,
@@ -90,7 +91,7 @@ def _thing(rng: random.Random, duration: float, corner: int | None, base: Triple
         motion=motion,
         event=event,
         start=round(start, 1),
-        end=round(start + length, 1),
+        end=min(round(start + length, 1), duration),
         second=second if event == "recolours" else "",
         home=middle if corner is None else (0.27 + 0.46 * (corner % 2), 0.27 + 0.46 * (corner // 2)),
         reach=0.22 if corner is None else 0.13,

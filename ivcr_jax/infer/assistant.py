@@ -79,18 +79,20 @@ class Assistant:
         return found
 
     def moment(
-        self, context: Context, record: Record, duration: float, after: float
+        self, context: Context, record: Record, duration: float, vector: np.ndarray, after: float
     ) -> tuple[tuple[float, float], float]:
         """Where in a video, by the context's last state: seconds (start, end) and its expected IoU.
 
         Args:
-          record: the video's. duration: its seconds. after: seconds before which it may not begin.
+          record: the video's. duration: its seconds. vector: f32[Dr], the message's, from `embed`.
+          after: seconds before which it may not begin.
         """
         frames = len(record.times)
         spare = self.frames - frames
         keys, times = (np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (record.moment_keys, record.times))
         there = np.arange(frames + spare) < frames
-        found = self.engine.moment(context, keys[None], times[None], there[None], np.array([duration], np.float32))
+        length = np.array([duration], np.float32)
+        found = self.engine.moment(context, keys[None], times[None], there[None], length, vector[None])
         later = found.starts >= after
         if bool((later & there).any()):
             starts = jnp.where(later, found.start_logits, ABSENT)

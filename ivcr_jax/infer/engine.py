@@ -253,14 +253,22 @@ class Engine:
         return np.asarray(self._scores(context.hidden, *padded))[:, :count]
 
     def moment(
-        self, context: Context, keys: np.ndarray, times: np.ndarray, there: np.ndarray, durations: np.ndarray
+        self,
+        context: Context,
+        keys: np.ndarray,
+        times: np.ndarray,
+        there: np.ndarray,
+        durations: np.ndarray,
+        texts: np.ndarray,
     ) -> Moments:
         """The moment head's, from the rows' last states; see `MomentHead`.
 
         Args:
           keys: f[B, T, Q, 2 E]. times: f32[B, T] seconds. there: bool[B, T]. durations: f32[B] seconds.
+          texts: f32[B, Dr], the first stage's vectors of the messages, for a head that takes them.
         """
-        return self._moment(context.hidden, keys, times, there, durations)
+        asked = texts if self.model.config.moment.first_width else None
+        return self._moment(context.hidden, keys, times, there, durations, asked)
 
     def write(
         self, context: Context, answers: Sequence[Answer | None], barred: np.ndarray, sampling: Sampling = GREEDY

@@ -351,13 +351,14 @@ class Session:
         self._read(prompt.PromptTurn(message, None, Intent.MOMENT, language, (number,), times), [video])
         clock.lap("read")
         begins = state.moment.end if after and state.moment and state.moment.video == video else 0.0
-        span, score = assistant.moment(self._context, record, self._corpus.video(video).duration, begins)
+        vector = assistant.embed(prompt.retrieval_query([message]))
+        duration = self._corpus.video(video).duration
+        span, score = assistant.moment(self._context, record, duration, vector, begins)
         clock.lap("rank")
         answer = grammar.Answer(assistant.grammar, language, number=number, span=span)
         text = self._write(answer, stream, clock)
         moment = Moment(video, *span, score)
         self._keep(current=video, moment=moment)
-        vector = assistant.embed(prompt.retrieval_query([message]))
         evidence = self._evidence(record, vector, span)
         return Turn(
             message, Intent.MOMENT, language, state.ranking, video=video, moment=moment, text=text, evidence=evidence

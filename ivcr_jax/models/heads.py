@@ -2,7 +2,7 @@
 
 Neither knows of slots: a candidate is scored from the turn's state and its own tokens, by the same function for all.
 Arrays only. Axis letters: B rows, R turns, C candidates, K visual tokens of a video, T frames, Q queries of a frame, D
-the decoder's width, E the head's, F that of frame features.
+the decoder's width, Dr the first stage's, E the head's, F that of frame features.
 """
 
 import dataclasses
@@ -83,11 +83,13 @@ class RankHead(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class MomentHeadConfig:
-    """Attributes: width, layers, heads: of the transformer over frames."""
+    """Attributes: width, layers, heads: of the transformer over frames. first_width: of the first stage's vector of the
+    message, which is read beside the decoder's state; 0 for none."""
 
     width: int = 256
     layers: int = 2
     heads: int = 4
+    first_width: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -179,6 +181,11 @@ class MomentHead(nnx.Module):
         self.frame = Linear(rngs, ("embed", "heads"), (frame_width, 2 * e))
         self.state_norm = RMSNorm(width, NORM_EPS)
         self.state = Linear(rngs, ("embed", "heads"), (width, 2 * e))
+        if config.first_width:
+            # At first the message alone is the question, which the decoder's state says nothing of for long.
+            self.state.kernel[...] = jnp.zeros_like(self.state.kernel[...])
+            self.text_norm = RMSNorm(config.first_width, NORM_EPS)
+            self.text = Linear(rngs, ("embed", "heads"), (config.first_width, 2 * e), bias=False)
         self.time = Linear(rngs, (None, "embed"), (4, e))
         self.blocks = stack(lambda rngs: Block(rngs, e, config.heads, 4 * e, "gelu", NORM_EPS), config.layers, rngs)
         self.norm = LayerNorm(e, NORM_EPS)
@@ -190,7 +197,13 @@ class MomentHead(nnx.Module):
         return self.frame(self.frame_norm(frames))
 
     def __call__(
-        self, states: jax.Array, keys: jax.Array, times: jax.Array, mask: jax.Array, durations: jax.Array
+        self,
+        states: jax.Array,
+        keys: jax.Array,
+        times: jax.Array,
+        mask: jax.Array,
+        durations: jax.Array,
+        texts: jax.Array | None = None,
     ) -> Moments:
         """Boundaries of a moment, one for each of N questions.
 
@@ -198,8 +211,14 @@ class MomentHead(nnx.Module):
           states: f[N, D], the decoder's state at the end of the turn's prompt.
           keys: f[N, T, Q, 2 E], from `keys`, of the turn's video.
           times: f32[N, T] seconds. mask: bool[N, T]. durations: f32[N] seconds.
+          texts: f32[N, Dr], the first stage's vectors of the turns' messages, where the configuration has them.
         """
-        question, offset = jnp.split(self.state(self.state_norm(states)), 2, axis=-1)
+        if (texts is None) != (not self.config.first_width):
+            raise ValueError(f"moment head: first_width is {self.config.first_width}, and its vectors are {texts}")
+        asked = self.state(self.state_norm(states))
+        if texts is not None:
+            asked += self.text(self.text_norm(texts.astype(states.dtype)))
+        question, offset = jnp.split(asked, 2, axis=-1)
         key, value = jnp.split(keys, 2, axis=-1)
         weights = jnp.einsum("ne,ntqe->ntq", question, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(weights * question.shape[-1] ** -0.5).astype(value.dtype)

@@ -2,7 +2,7 @@
 
 Joins the video encoder, the decoder and the two heads over the batches of ivcr_jax/data/batches.py, whose docstring
 says what each array is. Arrays only. Axis letters: B rows, S positions, V video slots, T frames, R turns, C candidates,
-K visual tokens of a video, D the decoder's width.
+K visual tokens of a video, D the decoder's width, Dr the first stage's.
 """
 
 import dataclasses
@@ -63,10 +63,10 @@ class InterLLaVAConfig:
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Attributes: hidden: f[B, S, D] after the final norm. scores: f32[B, R, C], ABSENT where there is no candidate.
-    moments: of [B, R, T]; of turns without one, meaningless."""
+    moments: of [B, R, T]; of turns without one, meaningless. Without the decoder the first two are None."""
 
-    hidden: jax.Array
-    scores: jax.Array
+    hidden: jax.Array | None
+    scores: jax.Array | None
     moments: Moments
 
 
@@ -83,7 +83,12 @@ class InterLLaVA(nnx.Module):
         self.config, self.compute = config, compute
 
     def __call__(
-        self, batch: Mapping[str, jax.Array], key: jax.Array | None = None, first: jax.Array | None = None
+        self,
+        batch: Mapping[str, jax.Array],
+        key: jax.Array | None = None,
+        first: jax.Array | None = None,
+        texts: jax.Array | None = None,
+        decode: bool = True,
     ) -> Output:
         """Everything a loss or a metric needs of a batch (see batches.empty_batch).
 
@@ -91,9 +96,15 @@ class InterLLaVA(nnx.Module):
           batch: with `frames` u8[B, V, T, H, W, 3], or `features` f[B, V, T, P, Dv] of the ViT.
           key: of dropout, in training; None for none.
           first: f32[B, R, C], the first stage's scores of the candidates, where `config.rank.first_stage` wants them.
+          texts: f32[B, R, Dr], its vectors of the turns' `queries`, where `config.moment.first_width` wants them.
+          decode: False leaves the decoder out, which is most of the work: moments then come of the texts alone, as if
+            all states were zero.
         """
         keys = split_key(key, 2)
         videos = self.encode(batch, keys[0])
+        if not decode:
+            nothing = jnp.zeros((*batch["turn_states"].shape, self.config.llama.width), videos.frames.dtype)
+            return Output(None, None, self._moment(nothing, videos.frames, batch, texts))
         slots = jnp.maximum(batch["video_slots"], 0)
         visual = batch["video_slots"] >= 0
         there = of_each_row(videos.mask, slots, batch["video_offsets"])
@@ -109,7 +120,7 @@ class InterLLaVA(nnx.Module):
         states = of_each_row(hidden, batch["turn_states"])
         width = videos.tokens.shape[2]
         scores = self._rank(states, hidden, visual & there, batch["candidate_blocks"], width, first)
-        return Output(hidden, scores, self._moment(states, videos.frames, batch))
+        return Output(hidden, scores, self._moment(states, videos.frames, batch, texts))
 
     def encode(self, batch: Mapping[str, jax.Array], key: jax.Array | None = None) -> EncodedVideo:
         """The batch's videos, each field with leading axes [B, V]; nothing in `intermediates`."""
@@ -163,8 +174,10 @@ class InterLLaVA(nnx.Module):
         keys = self.rank.keys(hidden)  # before they are gathered: far narrower than the states
         return self.rank(states, of_each_row(keys, index), of_each_row(there, index) & present, first)
 
-    def _moment(self, states: jax.Array, frames: jax.Array, batch: Mapping[str, jax.Array]) -> Moments:
-        """states f[B, R, D], frames f[B, V, T, Q, F] -> moments of [B, R, T]."""
+    def _moment(
+        self, states: jax.Array, frames: jax.Array, batch: Mapping[str, jax.Array], texts: jax.Array | None
+    ) -> Moments:
+        """states f[B, R, D], frames f[B, V, T, Q, F], texts f32[B, R, Dr] -> moments of [B, R, T]."""
         shape = states.shape[:2]
         slots = jnp.maximum(batch["moment_slots"], 0)
 
@@ -172,5 +185,7 @@ class InterLLaVA(nnx.Module):
             return x.reshape(shape[0] * shape[1], *x.shape[2:])
 
         of_turn = [self.moment.keys(frames), batch["frame_times"], batch["frame_mask"], batch["durations"]]
-        moments = self.moment(flat(states), *(flat(of_each_row(x, slots)) for x in of_turn))
+        keys, times, mask, durations = (flat(of_each_row(x, slots)) for x in of_turn)
+        asked = None if texts is None else flat(texts)
+        moments = self.moment(flat(states), keys, times, mask, durations, asked)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), moments)

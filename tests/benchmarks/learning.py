@@ -5,7 +5,8 @@
 Makes a source (once), pretrains the tower, computes its features, trains the retriever and then both models, and
 measures on the test split: videos never seen, half of them of families built on combinations of colour, shape and
 motion that training never shows. Candidates come in two kinds: five of a family (the truth, and four that differ from
-it in one attribute each) with five others; and ten at random. The untrained models' figures stand beside.
+it in one attribute each) with five others; and ten at random. The untrained models' figures stand beside, and for
+moments the best that any constant answer has: a head that reads nothing of the video could have that.
 """
 
 import dataclasses
@@ -73,18 +74,29 @@ def measure(config: TrainConfig, workdir: pathlib.Path, out: pathlib.Path, train
     for name, folder in (("near", out / "data" / "ivcr200k"), ("random", out / "random" / "ivcr200k")):
         here = dataclasses.replace(config, data=dataclasses.replace(config.data, dialogues=str(folder)))
         stream = train.pipeline(here, tokenizers, program.mesh, "test", workdir)
-        collected = validation.Validation(config.losses)
+        collected, moments = validation.Validation(config.losses), []
         with jax.set_mesh(program.mesh):
             for batch in stream:
+                rows, turns = np.nonzero(batch["moment_slots"] >= 0)
+                lengths = batch["durations"][rows, batch["moment_slots"][rows, turns]]
+                moments.append(batch["moment_spans"][rows, turns] / lengths[:, None])
                 found = program.validation_step(state.params, frozen, train.place(batch, program.mesh, config))
                 collected.add(jax.device_get(found))
         metrics = collected.metrics()
-        kept = ("rank_r1", "ranked_turns") if name == "random" else ("rank_r1", "moment_r1_iou_0.5", "moment_miou")
+        kept = ("rank_r1", "ranked_turns") if name == "random" else ("rank_r1", "moment_")
         figures |= {f"{name}_{key}": value for key, value in metrics.items() if key.startswith(kept)}
         if name == "near":
             figures |= {key: metrics[key] for key in ("ranked_turns", "moments", "queries")}
-            figures |= pooled(collected)
+            figures |= pooled(collected) | constants(np.concatenate(moments))
     return figures
+
+
+def constants(moments: np.ndarray) -> dict[str, float]:
+    """The best that one answer to all questions has, f32[N, 2] in shares of the duration; for each figure another."""
+    grid = [np.array([[start, end]]) / 20 for start in range(20) for end in range(start + 1, 21)]
+    found = np.stack([validation.interval_iou(span, moments) for span in grid])
+    bars = {f"near_moment_r1_iou_{bar}_constant": float((found >= bar).mean(1).max()) for bar in validation.IOUS}
+    return bars | {"near_moment_miou_constant": float(found.mean(1).max())}
 
 
 def pooled(collected: validation.Validation) -> dict[str, float]:
@@ -112,6 +124,7 @@ def gap(figures: dict[str, float], name: str, count: float) -> str:
 SHOWN = (
     (f"retrieval_r10_of_{POOL}", "pooled_queries"),
     ("near_moment_r1_iou_0.5", "moments"),
+    ("near_moment_r1_iou_0.7", "moments"),
     ("random_rank_r1", "random_ranked_turns"),
     ("near_rank_r1", "ranked_turns"),
 )
@@ -193,6 +206,7 @@ def table(results: dict[int, dict]) -> None:
             print(
                 f"{name:28}{seed:>5}{before[name]:>11.3f}{after[name]:>9.3f}{after[name + '_en']:>7.3f}"
                 f"{after[name + '_zh']:>7.3f}  {gap(after, name, after[count]):>22}{after[count]:>8.0f}"
+                + (f"  the best constant {after[name + '_constant']:.3f}" if name + "_constant" in after else "")
             )
 
 

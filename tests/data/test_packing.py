@@ -9,6 +9,7 @@ from ivcr_jax.data import batches, packing, prompt
 from ivcr_jax.data.dialogue import LANGUAGES, Dialogue, Intent, Turn
 from ivcr_jax.data.encoding import EncodingConfig, encode, show
 from ivcr_jax.data.store import VideoStore
+from ivcr_jax.data.tokenizer import encode_query
 from tests.data import sources
 from tests.data.sources import PACK
 
@@ -121,6 +122,25 @@ def test_frame_text_is_the_sentence_with_the_time(stores):
         ):
             text = tokenizer.decode([i for i in ids if i])
             assert text == (f"<s> This frame is sampled at {time:.1f} second." if there else "")
+
+
+def test_the_first_stage_reads_what_is_looked_for_or_where(stores):
+    """A search with those it refers back to, the last first; of a moment its message alone; of talk nothing."""
+    _, videos, tokenizer = stores
+    names = tuple(videos.duration)[:3]
+    turns = (
+        Turn("Find it.", "It is in video 1.", Intent.VIDEO, "en", names[0], names),
+        Turn("When?", "In video 1 at 1.0s-2.0s.", Intent.MOMENT, "en", names[0], (), (1.0, 2.0)),
+        Turn("Thanks", "Not at all", Intent.CHAT, "en"),
+        Turn("Find another.", "It is in video 2.", Intent.VIDEO, "en", names[1], names),
+    )
+    config = dataclasses.replace(PACK, query_len=40)
+    batch = batches.empty_batch(1, config, batches.BatchShape.of(videos, tokenizer, config))
+    batches.fill_row(batch, 0, [(0, Dialogue("d", "train", 2, turns))], videos, tokenizer, config, None, tokenizer)
+    found = batch["queries"][0]
+    expected = [encode_query(text, tokenizer, 40) for text in ("Find it.", "When?", "Find another.\nFind it.")]
+    assert (found[[0, 1, 3]] == expected).all() and len({*map(tuple, expected)}) == 3
+    assert not found[2].any() and not found[4:].any()
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -53,7 +53,7 @@ def write_export(path, *, text=True, scale=1.0, layout="isolated"):
         video=VideoEncoderConfig(max_frames=FRAMES, window=3, stride=2),
         llama=LlamaConfig(vocab_size=words, width=16, layers=1, heads=2, kv_heads=1, mlp_width=16),
         rank=RankHeadConfig(width=16, heads=2),
-        moment=MomentHeadConfig(width=16, layers=1, heads=2),
+        moment=MomentHeadConfig(width=16, layers=1, heads=2, first_width=VIT.width),
         layout=layout,
     )
     retriever = RetrieverConfig(

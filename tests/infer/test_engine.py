@@ -139,7 +139,7 @@ def test_scores_and_moments_are_those_of_the_whole(isolated, world):  # noqa: F8
             if slot >= 0:
                 keys = np.asarray(nnx.jit(lambda head, x: head.keys(x))(model.model.moment, videos.frames[row, slot]))
                 of_video = [batch[name][row, slot][None] for name in ("frame_times", "frame_mask", "durations")]
-                moments = model.moment(context, keys[None], *of_video)
+                moments = model.moment(context, keys[None], *of_video, np.zeros((1, 16), np.float32))
                 close(moments.start_logits[0], out.moments.start_logits[row, turn], 1e-4)
                 close(moments.ends[0], out.moments.ends[row, turn], 1e-5)
                 checked[1] += 1

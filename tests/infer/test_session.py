@@ -117,7 +117,8 @@ def test_scores_and_moments_are_those_of_training(layout, export, indexed, video
             times = np.pad(record.times, (0, spare))[None]
             mask = np.arange(FRAMES)[None] < len(record.times)
             duration = np.array([corpus.video(turn.video).duration], np.float32)
-            spans, scores = model.moment(state, keys, times, mask, duration).best()
+            vector = helper.embed(turn.message)[None]
+            spans, scores = model.moment(state, keys, times, mask, duration, vector).best()
             close([turn.moment.start, turn.moment.end], spans[0, 0], 1e-4)
             close(turn.moment.score, scores[0, 0], 1e-4)
 

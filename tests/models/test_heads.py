@@ -185,14 +185,17 @@ def questions(count=4, frames=6, queries=3, seed=0):
 
 
 @nnx.jit
-def ask(head, states, features, times, mask, durations):
-    return head(states, head.keys(features), times, mask, durations)
+def ask(head, states, features, times, mask, durations, texts=None):
+    return head(states, head.keys(features), times, mask, durations, texts)
 
 
-def one_moment(head, state, features, times, duration):
+def one_moment(head, state, features, times, duration, text=None):
     """(start logits, end logits, starts, ends) of a video [T, Q, F], all of whose frames are there, in f64."""
     w, c = numbers(head), head.config
-    question, offset = np.split(through(rms_normed(state, w["state_norm"]), w["state"]), 2)
+    asked = through(rms_normed(state, w["state_norm"]), w["state"])
+    if text is not None:
+        asked = asked + rms_normed(text, w["text_norm"]) @ w["text"]["kernel"]
+    question, offset = np.split(asked, 2)
     key, value = np.split(through(layer_normed(features, w["frame_norm"]), w["frame"]), 2, axis=-1)
     read = np.stack([softmax(k @ question / np.sqrt(c.width)) @ v for k, v in zip(key, value, strict=True)])
     borders = [0, *(times[1:] + times[:-1]) / 2, duration]
@@ -228,6 +231,22 @@ def test_a_moment_is_of_the_question_and_the_frames_that_are_there(moment):
             close(
                 getattr(found, name)[n, here], np.clip(value, *((0, 21.5) if "logits" not in name else (-99, 99))), 1e-5
             )
+
+
+def test_the_first_stages_vector_is_read_beside_the_state(moment):
+    head = lively(lambda: MomentHead(MomentHeadConfig(16, 2, 2, first_width=6), WIDTH, FRAME_WIDTH, nnx.Rngs(0), F32))
+    given = questions()
+    texts = np.random.default_rng(5).standard_normal((4, 6)).astype(np.float32)
+    texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
+    found = host(ask(head, *given, texts))
+    for n in range(3):
+        here = given[3][n]
+        expected = one_moment(head, given[0][n], given[1][n, here], given[2][n, here], given[4][n], texts[n])
+        for name, value in zip(("start_logits", "end_logits"), expected[:2], strict=True):
+            close(getattr(found, name)[n, here], value, 1e-5)
+    for wrong, text in ((head, None), (moment, texts)):
+        with pytest.raises(ValueError, match="moment head: first_width is"):
+            wrong(given[0], wrong.keys(given[1]), *given[2:], text)
 
 
 def test_missing_frames_change_no_moment(moment):

@@ -1,5 +1,7 @@
 """The train step: what a slice, a row, a mesh, a frozen tower and a number that is none may change, and may not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +149,30 @@ def test_a_step_that_is_not_finite_changes_the_counters_alone(world, stepped):
     assert numbers["learning_rate"] == pytest.approx(float(of._rate(jnp.int32(2)))) != rate
 
 
+@pytest.mark.slow
+def test_a_moment_teaches_the_first_stage_to_read_its_message(world):
+    """On one device and on eight; its videos learn nothing by it."""
+    batch, found = world.pipeline(world.config()).batch(0), []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        plain = world.without_dropout()
+        model = dataclasses.replace(plain.model, moment=dataclasses.replace(plain.model.moment, first_width=16))
+        config = dataclasses.replace(
+            plain,
+            model=model,
+            losses=LossConfig(lm=0, rank=0, moment=1, moment_l1=0, moment_iou=0, contrastive=1e-9),
+            optim=dataclasses.replace(plain.optim, clip=0.0),
+            mesh=MeshConfig(*sizes),
+        )
+        program = Program(config, make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))]))
+        state, frozen = begin(world, program)
+        state, numbers = step(program, state, frozen, batch)
+        (moments,) = (part.mu for part in state.optimizer if hasattr(part, "mu"))
+        size = {path: float(np.abs(mu).max()) / (1 - optim.B1) for path, mu in moments.items()}
+        found.append((numbers["moment"], size["retriever.text.words"], size["retriever.vit.head.probe"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][1] > 1e-5 > found[0][2]
+
+
 def test_what_does_not_fit_the_mesh_is_refused(world):
     with pytest.raises(ValueError, match="data.batch_size is 8 for 8 devices with rows of their own and accumulate=2"):
         Program(
@@ -154,10 +180,17 @@ def test_what_does_not_fit_the_mesh_is_refused(world):
         )
     with pytest.raises(ValueError, match="accumulate is 2; expected 1: losses.contrastive"):
         world.config(accumulate=2)
+    plain = world.config().model
+
+    def reading(width):
+        return dataclasses.replace(plain, moment=dataclasses.replace(plain.moment, first_width=width))
+
     for change, message in (
         ({"retriever": None}, "losses.contrastive has a weight, and there is no config.retriever"),
         ({"model": None}, "losses of the dialogue model have a weight, and there is no config.model"),
         ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"model": reading(8)}, "model.moment.first_width is 8; expected 0 or the retriever's 16"),
+        ({"model": reading(16), "losses": LossConfig()}, "model.moment.first_width is 16, and no retriever is trained"),
     ):
         with pytest.raises(ValueError, match=message):
             world.config(**change)
