@@ -96,6 +96,34 @@ def test_the_output_is_what_the_parts_make_of_the_batch(either):
                     close(getattr(out.moments, name)[row, turn], getattr(alone, name)[0], 1e-5)
 
 
+def test_moments_without_the_decoder_are_of_the_texts_alone(world):
+    moment = dataclasses.replace(world.config().moment, first_width=8)
+    model, batch = world.model(moment=moment), world.batch()
+    texts = jnp.asarray(np.random.default_rng(2).standard_normal((2, 7, 8)), jnp.float32)
+
+    @nnx.jit
+    def both(model, batch, texts):
+        videos = model.encode(batch)
+        return model(batch, texts=texts), model(batch, texts=texts, decode=False), videos.frames
+
+    whole, alone, frames = host(both(model, batch, texts))
+    assert alone.hidden is None and alone.scores is None
+    b = host(batch)
+    for row, turn in turns(batch, Intent.MOMENT):
+        slot = b["moment_slots"][row, turn]
+        of_video = [b[name][row, slot][None] for name in ("frame_times", "frame_mask", "durations")]
+        keys, text = model.moment.keys(frames[row, slot][None]), texts[row, turn][None]
+        for state, found in (
+            (jnp.zeros((1, 32)), alone),
+            (whole.hidden[row, b["turn_states"][row, turn]][None], whole),
+        ):
+            expected = model.moment(state, keys, *of_video, text)
+            close(found.moments.start_logits[row, turn], expected.start_logits[0], 1e-5)
+            close(found.moments.ends[row, turn], expected.ends[0], 1e-5)
+        there = b["frame_mask"][row, slot]
+        assert np.abs(whole.moments.start_logits[row, turn] - alone.moments.start_logits[row, turn])[there].max() > 1e-3
+
+
 def lora_merged(model):
     """A copy with LoRA's additions in the kernels, as the NumPy decoder expects them."""
     copy = nnx.clone(model)
