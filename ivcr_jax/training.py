@@ -6,6 +6,7 @@ it reads no data, writes no checkpoint and keeps no time.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ivcr_jax import bundle, losses, optim
 from ivcr_jax.checkpoint import CheckpointConfig
-from ivcr_jax.config import from_dict
+from ivcr_jax.config import from_dict, listed
 from ivcr_jax.data import prompt
 from ivcr_jax.data.batches import PackConfig
 from ivcr_jax.data.encoding import EncodingConfig
@@ -158,6 +159,9 @@ def read_config(values: Any) -> TrainConfig:
     return from_dict(TrainConfig, values.to_dict())
 
 
+_DECODED = r"model\.(llama|rank|encoder\.(video_qformer|projection))\."  # what no loss reaches without the decoder
+
+
 class System(nnx.Module):
     """The models that are trained, or None."""
 
@@ -216,6 +220,12 @@ class Program:
             ".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(shardings(state, mesh))
         }
         trained = {path: factor for path, factor in self.factors.items() if factor}
+        idle = [path for path in trained if re.match(_DECODED, path)] if not config.losses.decode else []
+        if idle:
+            raise ValueError(
+                f"losses.lm and losses.rank are 0, so no decoder runs, and optim.rules train {listed(idle)}: weight "
+                "decay alone would change them"
+            )
         axes = {path: len(value.get_metadata("axes")) for path, (_, value) in self._where.items()}
         self._tx = optim.make(config.optim, config.steps, trained, axes)
         self._rate = optim.schedule(config.optim, config.steps)

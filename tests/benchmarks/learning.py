@@ -5,11 +5,13 @@
 Makes a source (once), pretrains the tower, computes its features, trains the retriever and then both models, and
 measures on the test split: videos never seen, half of them of families built on combinations of colour, shape and
 motion that training never shows. Candidates come in two kinds: five of a family (the truth, and four that differ from
-it in one attribute each) with five others; and ten at random. The untrained models' figures stand beside, and for
+it in one attribute each) with five others; and ten at random. Each question is asked in English and in Chinese, so that
+what differs between the two is the language alone. The untrained models' figures stand beside, and for
 moments the best that any constant answer has: a head that reads nothing of the video could have that.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -35,24 +37,32 @@ from tfds_builder.ivcr200k_videos.ivcr200k_videos_dataset_builder import VideosC
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 POOL = 200  # videos among which the first stage looks
 SOURCE_SEED = 0
-EVALUATION = 12000  # interactions composed for the test of random candidates; the test split's share is used
+EVALUATION = 12000  # interactions composed for a test, of which the test split's share is used
 
 
 def make_source(out: pathlib.Path, videos: int, interactions: int) -> None:
-    """The videos, their stored frames, dialogues with near misses, and dialogues with random candidates."""
+    """The videos, their stored frames, dialogues to learn from, and those of the tests, in each language the same."""
     source = out / "source"
     synth.generate(source, videos=videos, interactions=interactions, seed=SOURCE_SEED)
     if not (out / "data" / "ivcr200k").exists():
         build("ivcr200k", manual_dir=source, data_dir=out / "data")
     if not (out / "data" / "ivcr200k_videos").exists():
         build("ivcr200k_videos", manual_dir=source, data_dir=out / "data", config=VideosConfig(frames=24, size=48))
-    if not (out / "random" / "ivcr200k").exists():
-        made = synth.invent(videos, seed=SOURCE_SEED, size=(48, 48), fps=8, seconds=12.0)
-        clips = [dataclasses.replace(clip, near=(), similar=()) for clip in synth.clips_of(list(made))]
-        (out / "random" / "source").mkdir(parents=True, exist_ok=True)
-        dialogues = compose.compose(clips, seed=SOURCE_SEED + 1, num_interactions=EVALUATION, name="random")
-        compose.write_json(out / "random" / "source" / "IVCR-200K.json", dialogues)
-        build("ivcr200k", manual_dir=out / "random" / "source", data_dir=out / "random")
+    clips = list(synth.clips_of(list(synth.invent(videos, seed=SOURCE_SEED, size=(48, 48), fps=8, seconds=12.0))))
+    kinds = {"near": clips, "random": [dataclasses.replace(clip, near=(), similar=()) for clip in clips]}
+    for (kind, clips), language in itertools.product(kinds.items(), LANGUAGES):
+        folder = out / kind / language
+        if not (folder / "ivcr200k").exists():
+            (folder / "source").mkdir(parents=True, exist_ok=True)
+            dialogues = compose.compose(
+                clips,
+                seed=SOURCE_SEED + 1,
+                num_interactions=EVALUATION,
+                zh_share=float(language == "zh"),
+                name=kind,
+            )
+            compose.write_json(folder / "source" / "IVCR-200K.json", dialogues)
+            build("ivcr200k", manual_dir=folder / "source", data_dir=folder)
 
 
 def run(*command: str) -> float:
@@ -71,16 +81,17 @@ def measure(config: TrainConfig, workdir: pathlib.Path, out: pathlib.Path, train
     state, frozen, *_ = train.start(config, workdir, program, checkpoints)
     tokenizers = train.read_tokenizers(config, workdir)
     figures: dict[str, float] = {}
-    for name, folder in (("near", out / "data" / "ivcr200k"), ("random", out / "random" / "ivcr200k")):
-        here = dataclasses.replace(config, data=dataclasses.replace(config.data, dialogues=str(folder)))
-        stream = train.pipeline(here, tokenizers, program.mesh, "test", workdir)
+    for name in ("near", "random"):
         collected, moments = validation.Validation(config.losses), []
-        with jax.set_mesh(program.mesh):
-            for batch in stream:
+        for language in LANGUAGES:
+            data = dataclasses.replace(config.data, dialogues=str(out / name / language / "ivcr200k"))
+            here = dataclasses.replace(config, data=data)
+            for batch in train.pipeline(here, tokenizers, program.mesh, "test", workdir):
                 rows, turns = np.nonzero(batch["moment_slots"] >= 0)
                 lengths = batch["durations"][rows, batch["moment_slots"][rows, turns]]
                 moments.append(batch["moment_spans"][rows, turns] / lengths[:, None])
-                found = program.validation_step(state.params, frozen, train.place(batch, program.mesh, config))
+                with jax.set_mesh(program.mesh):
+                    found = program.validation_step(state.params, frozen, train.place(batch, program.mesh, config))
                 collected.add(jax.device_get(found))
         metrics = collected.metrics()
         kept = ("rank_r1", "ranked_turns") if name == "random" else ("rank_r1", "moment_")

@@ -153,6 +153,7 @@ def test_a_step_that_is_not_finite_changes_the_counters_alone(world, stepped):
 def test_a_moment_teaches_the_first_stage_to_read_its_message(world):
     """On one device and on eight; its videos learn nothing by it."""
     batch, found = world.pipeline(world.config()).batch(0), []
+    rules = ((r"model\.(?!moment\.).*", 0.0), (r".*\.vit\.(?!head).*", 0.0), (".*", 1.0))
     for sizes in ((1, 1, 1), (2, 2, 2)):
         plain = world.without_dropout()
         model = dataclasses.replace(plain.model, moment=dataclasses.replace(plain.model.moment, first_width=16))
@@ -160,7 +161,7 @@ def test_a_moment_teaches_the_first_stage_to_read_its_message(world):
             plain,
             model=model,
             losses=LossConfig(lm=0, rank=0, moment=1, moment_l1=0, moment_iou=0, contrastive=1e-9),
-            optim=dataclasses.replace(plain.optim, clip=0.0),
+            optim=dataclasses.replace(plain.optim, clip=0.0, rules=rules),
             mesh=MeshConfig(*sizes),
         )
         program = Program(config, make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))]))
@@ -174,17 +175,20 @@ def test_a_moment_teaches_the_first_stage_to_read_its_message(world):
 
 
 def test_what_does_not_fit_the_mesh_is_refused(world):
-    with pytest.raises(ValueError, match="data.batch_size is 8 for 8 devices with rows of their own and accumulate=2"):
-        Program(
-            world.config(losses=LossConfig(), accumulate=2, mesh=MeshConfig(8, 1, 1)), make_mesh(MeshConfig(8, 1, 1))
-        )
-    with pytest.raises(ValueError, match="accumulate is 2; expected 1: losses.contrastive"):
-        world.config(accumulate=2)
     plain = world.config().model
 
     def reading(width):
         return dataclasses.replace(plain, moment=dataclasses.replace(plain.moment, first_width=width))
 
+    with pytest.raises(ValueError, match="data.batch_size is 8 for 8 devices with rows of their own and accumulate=2"):
+        Program(
+            world.config(losses=LossConfig(), accumulate=2, mesh=MeshConfig(8, 1, 1)), make_mesh(MeshConfig(8, 1, 1))
+        )
+    without = world.config(losses=LossConfig(lm=0, rank=0, contrastive=1), model=reading(16))
+    with pytest.raises(ValueError, match=r"no decoder runs, and optim.rules train model\.encoder\.projection"):
+        Program(without, make_mesh(without.mesh))
+    with pytest.raises(ValueError, match="accumulate is 2; expected 1: losses.contrastive"):
+        world.config(accumulate=2)
     for change, message in (
         ({"retriever": None}, "losses.contrastive has a weight, and there is no config.retriever"),
         ({"model": None}, "losses of the dialogue model have a weight, and there is no config.model"),
