@@ -98,5 +98,6 @@ class Assistant:
             starts = jnp.where(later, found.start_logits, ABSENT)
             found = dataclasses.replace(found, start_logits=starts)
         spans, scores = self._best(found)
-        start, end = np.asarray(spans)[0, 0].tolist()
+        # As f32 a duration may be a little more than it is.
+        start, end = (min(seconds, duration) for seconds in np.asarray(spans)[0, 0].tolist())
         return (start, end), float(scores[0, 0])

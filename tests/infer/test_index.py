@@ -1,5 +1,6 @@
 """Indexing as a user does it: folders that grow, change and hold broken files, stops in the middle, two at a time."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 
 from ivcr_jax import bundle, index
-from ivcr_jax.data.dialogue import VIDEO_SUFFIXES, video_id
+from ivcr_jax.data.dialogue import VIDEO_SUFFIXES, Intent, video_id, video_number
 from ivcr_jax.infer import corpus as stored
+from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.infer.embed import Embedder
+from ivcr_jax.infer.session import Session
 from tests.data.video_fixtures import barcode, write_audio, write_video
 from tests.infer.conftest import IDS, write_export
 
@@ -381,16 +384,44 @@ def test_the_command(export, videos, tmp_path):
 
 @pytest.mark.slow
 def test_real_clips(realdata, export, tmp_path):
-    """Every one of them, the damaged one and those of odd rotation and codecs too."""
-    corpus = tmp_path / "corpus"
-    done = index.add(export, realdata / "clips", corpus, batch=1)
+    """All of them, the damaged one and those of odd rotation and codecs too; a broken one is listed. And a talk."""
+    corpus, folder = tmp_path / "corpus", tmp_path / "videos"
+    folder.mkdir()
+    (folder / "clips").symlink_to(realdata / "clips")
+    (folder / "broken.mp4").write_bytes((realdata / "clips" / "asl_milk.mkv").read_bytes()[:1000])
+    done = index.add(export, folder, corpus, batch=1)
     rows = json.loads((realdata / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
-    clips = {video_id(row["file"].removeprefix("clips/")): row for row in rows if "clip" in row["kind"]}
-    assert {video.id for video in done.contents.videos} == {*clips} and done.contents.problems == ()
-    assert {video.id for video in done.contents.videos if video.damaged} == {"edge/corrupted"}
+    clips = {video_id(row["file"]): row for row in rows if "clip" in row["kind"]}
+    assert {video.id for video in done.contents.videos} == {*clips}
+    assert [problem.path for problem in done.contents.problems] == ["broken.mp4"]
+    assert {video.id for video in done.contents.videos if video.damaged} == {"clips/edge/corrupted"}
     for video in done.contents.videos:
         media = clips[video.id]["media"]
         assert video.duration >= media["last_pts"] - media["first_pts"]
         sides = (media["width"], media["height"])
         assert (video.width, video.height) in (sides, sides[::-1])
-    assert index.verify(corpus, realdata / "clips") == []
+    assert index.verify(corpus, folder) == []
+    talk(Assistant(export), corpus, [row for row in clips.values() if row.get("moments")][:3])
+
+
+def talk(helper, folder, rows):
+    """Looks for clips in their own words and for their moments, in both languages, and says it all again."""
+    corpus = Corpus.open(folder, helper.fingerprint)
+    session = Session(helper, corpus)
+    durations = {video.id: video.duration for video in corpus.videos}
+    for row, language in itertools.product(rows, ("en", "zh")):
+        find, when = {
+            "en": ("Find a video. {}", "When does this happen? {}"),
+            "zh": ("找一个视频。{}", "什么时候？{}"),
+        }[language]
+        turn = session.say(find.format(row[f"caption_{language}"]))
+        assert (turn.intent, turn.language, len(turn.ranking)) == (Intent.VIDEO, language, 10)
+        assert turn.video == turn.ranking[0].id and {ranked.id for ranked in turn.ranking} <= durations.keys()
+        located = session.say(when.format(row["moments"][0][language]))
+        assert (located.intent, located.video) == (Intent.MOMENT, turn.video)
+        assert 0 <= located.moment.start <= located.moment.end <= durations[turn.video]
+        for said in (turn, located):
+            assert video_number(said.text)[0] == turn.ranking[0].number
+            assert said.evidence and all(0 <= seconds <= durations[said.video] for seconds, _ in said.evidence)
+    again, differ = Session.load(helper, corpus, session.to_json())
+    assert again.turns == session.turns and differ == [] and len(again.turns) == 4 * len(rows)
