@@ -1,6 +1,7 @@
-"""What the tiny models learn of the synthetic source in minutes, on held-out videos.
+r"""What the tiny models learn of the synthetic source in minutes, on held-out videos.
 
-    python -m tests.benchmarks.learning --out=DIR [--seeds=0,1] [--long] [--name=NAME --override=--config.steps=500 ...]
+    python -m tests.benchmarks.learning --out=DIR [--seeds=0,1] [--long] \
+      [--name=NAME --override=--config.losses.lm=0 --first=--config.losses.moment=0 ...]
 
 Makes a source (once), pretrains the tower, computes its features, trains the retriever and then both models, and
 measures on the test split: videos never seen, half of them of families built on combinations of colour, shape and
@@ -185,10 +186,11 @@ def main(_: list[str]) -> None:
                 *more,
             )
 
-        first = out / f"retriever{seed}{length}"  # the same for every recipe of the second stage
+        # The same for every recipe of the second stage alone.
+        first = mine / "retriever" if args.first else out / f"retriever{seed}{length}"
         if not first.exists():
-            before = out / f"retriever{seed}{length}-run"
-            seconds["retriever"] = stage(":long-retriever" if args.long else ":retriever", before, init)
+            before = first.with_name(f"{first.name}-run")
+            seconds["retriever"] = stage(":long-retriever" if args.long else ":retriever", before, init, *args.first)
             run("ivcr_jax.export", f"--workdir={before}", f"--out={first}")
         seconds["both"] = stage(":long" if args.long else "", workdir, first, *args.override)
 
@@ -229,5 +231,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("seeds", ["0", "1"], "Seeds of pretraining and training.")
     flags.DEFINE_integer("videos", 3000, "Of the source.")
     flags.DEFINE_integer("interactions", 20000, "Of the source.")
-    flags.DEFINE_multi_string("override", [], "--config.field=value, handed on to the training command.")
+    flags.DEFINE_multi_string("override", [], "--config.field=value, handed on to the second stage's training.")
+    flags.DEFINE_multi_string("first", [], "Likewise, to the first stage's, which is then this recipe's own.")
     app.run(main)
