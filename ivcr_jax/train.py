@@ -263,12 +263,19 @@ def validate(
     config: TrainConfig, program: Program, held_out: Pipeline, params: Arrays, frozen: Arrays
 ) -> dict[str, float]:
     """Metrics over the validation split (its first `config.eval.batches`)."""
+    return collect(config, program, held_out, params, frozen).metrics()
+
+
+def collect(
+    config: TrainConfig, program: Program, held_out: Pipeline, params: Arrays, frozen: Arrays
+) -> validation.Validation:
+    """What the models say of the validation split (its first `config.eval.batches`)."""
     collected = validation.Validation(config.losses)
     count = min(held_out.steps, config.eval.batches or held_out.steps)
     for _, batch in zip(range(count), held_out, strict=False):
         found = program.validation_step(params, frozen, place(batch, program.mesh, config))
         collected.add(jax.device_get(found))
-    return collected.metrics()
+    return collected
 
 
 def check(values: Mapping[str, float] | None, config: TrainConfig, step: int) -> None:

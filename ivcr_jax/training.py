@@ -381,5 +381,5 @@ class Program:
                 found["ranked"] = out.scores.argmax(-1)
         if embedded is not None:
             found["texts"], found["videos"] = embedded
-        names = ("candidate_targets", "moment_slots", "moment_spans", "turn_languages", "turn_videos", "video_numbers")
-        return found | {"sums": sums} | {name: batch[name] for name in names}
+        names = "candidate_slots candidate_targets moment_slots moment_spans turn_languages turn_videos video_numbers"
+        return found | {"sums": sums} | {name: batch[name] for name in names.split()}

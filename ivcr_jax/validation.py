@@ -6,7 +6,7 @@ confidence intervals are `ivcr_jax.metrics`' affair.
 
 import collections
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,21 @@ RECALLS = (1, 5, 10)
 IOUS = (0.3, 0.5, 0.7)
 
 
+class Query(NamedTuple):
+    """A search. Attributes: language: its number. video: the number of the one asked for. vector: f32[Dr], of length 1.
+    candidates: numbers of the videos that the data list for it."""
+
+    language: int
+    video: int
+    vector: np.ndarray
+    candidates: tuple[int, ...]
+
+
 class Validation:
-    """Collects batches; `metrics` sums them up."""
+    """Collects batches; `metrics` sums them up.
+
+    Attributes: queries: of all searches. videos: f32[Dr], of length 1, by number.
+    """
 
     def __init__(self, config: LossConfig) -> None:
         self._weights = {name: weight for name, weight in config.weights.items() if weight}
@@ -26,7 +39,7 @@ class Validation:
         self._counts: collections.Counter[str] = collections.Counter()
         self._right: list[tuple[int, bool]] = []  # (language, whether the first ranked is right)
         self._ious: list[tuple[int, float]] = []
-        self.queries: list[tuple[int, int, np.ndarray]] = []  # (language, number of the video asked for, vector)
+        self.queries: list[Query] = []
         self.videos: dict[int, np.ndarray] = {}
 
     def add(self, found: Mapping[str, Any]) -> None:
@@ -44,10 +57,17 @@ class Validation:
             self._ious += zip(language[there].tolist(), ious.tolist(), strict=True)
         if "texts" in found:
             asks = (found["turn_videos"] >= 0) & (found["moment_slots"] < 0)
-            self.queries += zip(
-                language[asks].tolist(), found["turn_videos"][asks].tolist(), found["texts"][asks], strict=True
-            )
             numbers = found["video_numbers"]
+            for row, turn in zip(*np.nonzero(asks), strict=True):
+                slots = found["candidate_slots"][row, turn]
+                self.queries.append(
+                    Query(
+                        int(language[row, turn]),
+                        int(found["turn_videos"][row, turn]),
+                        found["texts"][row, turn],
+                        tuple(numbers[row, slots[slots >= 0]].tolist()),
+                    )
+                )
             self.videos.update(zip(numbers[numbers >= 0].tolist(), found["videos"][numbers >= 0], strict=True))
 
     def metrics(self) -> dict[str, float]:
@@ -61,22 +81,22 @@ class Validation:
             found |= by_language(
                 f"moment_r1_iou_{bar}", [(language, float(iou >= bar)) for language, iou in self._ious]
             )
-        queries = [query for query in self.queries if query[1] in self.videos]
+        queries = [query for query in self.queries if query.video in self.videos]
         if queries:
             ranks = self._ranks(queries)
             for recall in RECALLS:
-                hits = [(query[0], float(rank < recall)) for query, rank in zip(queries, ranks, strict=True)]
+                hits = [(query.language, float(rank < recall)) for query, rank in zip(queries, ranks, strict=True)]
                 found |= by_language(f"retrieval_r{recall}", hits)
             found["retrieval_pool"] = float(len(self.videos))
         counted = {"ranked_turns": len(self._right), "moments": len(self._ious), "queries": len(queries)}
         return found | {name: float(count) for name, count in counted.items() if count}
 
-    def _ranks(self, queries: list[tuple[int, int, np.ndarray]]) -> np.ndarray:
+    def _ranks(self, queries: list[Query]) -> np.ndarray:
         """i64: how many videos are nearer to each query than the one it asks for; ties count against it."""
         numbers = sorted(self.videos)
         place = {number: index for index, number in enumerate(numbers)}
-        scores = np.stack([query[2] for query in queries]) @ np.stack([self.videos[number] for number in numbers]).T
-        own = np.array([place[query[1]] for query in queries])
+        scores = np.stack([query.vector for query in queries]) @ np.stack([self.videos[number] for number in numbers]).T
+        own = np.array([place[query.video] for query in queries])
         return (scores >= scores[np.arange(len(own)), own][:, None]).sum(1) - 1
 
 

@@ -119,10 +119,10 @@ def pooled(collected: validation.Validation) -> dict[str, float]:
     for index in sorted(whole):
         numbers = [number for number in pool if pool[number] == index]
         vectors = np.stack([collected.videos[number] for number in numbers])
-        for language, number, text in collected.queries:
-            if number in pool and pool[number] == index:
-                scores = vectors @ text
-                hits.append((language, float((scores >= scores[numbers.index(number)]).sum() <= 10)))
+        for query in collected.queries:
+            if query.video in pool and pool[query.video] == index:
+                scores = vectors @ query.vector
+                hits.append((query.language, float((scores >= scores[numbers.index(query.video)]).sum() <= 10)))
     return validation.by_language(f"retrieval_r10_of_{POOL}", hits) | {"pooled_queries": float(len(hits))}
 
 

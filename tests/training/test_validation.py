@@ -36,6 +36,7 @@ def answers():
         "moment_spans": spans[:, :, 1],
         "turn_languages": rng.integers(0, 2, (ROWS, TURNS)),
         "turn_videos": np.where(kind > 0, asked, -1),
+        "candidate_slots": rng.integers(-1, SLOTS, (ROWS, TURNS, CANDIDATES)),
         "texts": vectors[near],
         "videos": vectors[numbers],
         "video_numbers": numbers,
@@ -106,6 +107,20 @@ def test_metrics_are_those_counted_by_hand(answers):
         assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
+def test_searches_are_kept_with_their_candidates(answers):
+    validation = Validation(ALL)
+    validation.add(answers | {"sums": {}, "counts": {}})
+    expected = []
+    for row, turn in np.ndindex(ROWS, TURNS):
+        if answers["turn_videos"][row, turn] >= 0 and answers["moment_slots"][row, turn] < 0:
+            slots = [slot for slot in answers["candidate_slots"][row, turn] if slot >= 0]
+            listed = tuple(answers["video_numbers"][row, slot] for slot in slots)
+            language, video = answers["turn_languages"][row, turn], answers["turn_videos"][row, turn]
+            expected.append((language, video, tuple(answers["texts"][row, turn]), listed))
+    assert len(expected) > 5
+    assert [(q.language, q.video, tuple(q.vector), q.candidates) for q in validation.queries] == expected
+
+
 def test_batches_and_empty_rows_change_nothing(answers):
     whole = collected(answers, [range(ROWS)])
     for rows in (
@@ -120,6 +135,7 @@ def test_equal_scores_count_as_if_the_others_came_first():
     same = {"texts": np.ones((1, 1, 2)), "videos": np.ones((1, 7, 2)), "video_numbers": np.arange(7)[None]}
     validation = Validation(LossConfig(lm=0, rank=0, moment=0, moment_l1=0, moment_iou=0, contrastive=1))
     turn = {"turn_videos": np.array([[3]]), "moment_slots": np.array([[-1]]), "turn_languages": np.array([[1]])}
+    turn["candidate_slots"] = np.array([[[-1, 3]]])
     validation.add({"sums": {"contrastive": 1.0}, "counts": {"contrastive": 1.0}, **same, **turn})
     found = validation.metrics()
     assert (found["retrieval_r1"], found["retrieval_r5"], found["retrieval_r10"]) == (0, 0, 1)
