@@ -194,7 +194,8 @@ def fingerprint(folder: epath.PathLike) -> str:
     """Names what a model folder holds: a SHA-256 over config.json, the tokenizers and the files of the parameters.
 
     It stays the same where the folder is copied, and changes with any weight. The same weights written twice have two:
-    Orbax gives its files other names each time. Nothing is loaded; files are read several at a time.
+    Orbax gives its files other names each time. A card is no part of it: what was made with the weights stays valid
+    whatever is said of them, and where nothing fits. Nothing is loaded; files are read several at a time.
 
     Raises:
       FileNotFoundError: no folder, or no config.json in it.
