@@ -161,6 +161,21 @@ class Telemetry:
             self._board.close()
 
 
+def last_validation(workdir: epath.PathLike, step: int) -> dict[str, Any] | None:
+    """The newest metrics of validation that a run wrote up to a step, or None where there are none.
+
+    Returns a dict of `step` and `metrics`, by name; one that was no number is None.
+    """
+    path, found = epath.Path(workdir) / METRICS, None
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        row = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # half a line, of a run that goes on
+        prefix = "validation/"
+        metrics = {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+        if metrics and row["step"] <= step:
+            found = {"step": row["step"], "metrics": metrics}
+    return found
+
+
 def memory() -> float:
     """Bytes: the most that was in use on a device, or, where it does not say (a CPU), by this process."""
     stats = jax.local_devices()[0].memory_stats()

@@ -6,6 +6,7 @@ so that a trainer differentiates and keeps optimiser state for them alone.
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,15 +74,20 @@ def add(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
         linear.lora = Lora(rngs, linear, config)
 
 
-def merge(model: nnx.Module) -> dict[str, Lora]:
-    """Adds every addition into its kernel and takes it off. Returns them by path, for `unmerge`."""
+def merge(model: nnx.Module, dtype: Any = None) -> dict[str, Lora]:
+    """Adds every addition into its kernel, in f32, and takes it off. Returns them by path, for `unmerge`.
+
+    Args:
+      model: to change.
+      dtype: of the kernels that carried one; None leaves each in its own.
+    """
     taken = {}
     for path, linear in adapted(model).items():
         lora = linear.lora
         assert isinstance(lora, Lora)
         taken[path] = lora
         kernel = linear.kernel[...]
-        linear.kernel[...] = (kernel.astype(jnp.float32) + lora.product()).astype(kernel.dtype)
+        linear.kernel[...] = (kernel.astype(jnp.float32) + lora.product()).astype(dtype or kernel.dtype)
         linear.lora = None
     return taken
 

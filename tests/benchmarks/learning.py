@@ -191,7 +191,7 @@ def main(_: list[str]) -> None:
         if not first.exists():
             before = first.with_name(f"{first.name}-run")
             seconds["retriever"] = stage(":long-retriever" if args.long else ":retriever", before, init, *args.first)
-            run("ivcr_jax.export", f"--workdir={before}", f"--out={first}")
+            run("ivcr_jax.export", f"--workdir={before}", f"--out={first}", "--nocalibrate")
         seconds["both"] = stage(":long" if args.long else "", workdir, first, *args.override)
 
         config = from_dict(TrainConfig, json.loads((workdir / "train.json").read_text()))
