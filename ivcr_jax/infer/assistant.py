@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from ivcr_jax import bundle
+from ivcr_jax import bundle, card
 from ivcr_jax.config import listed
 from ivcr_jax.data.tokenizer import encode_query
 from ivcr_jax.infer.corpus import Corpus, Record
@@ -29,7 +29,7 @@ class Assistant:
       fingerprint: of the export; a corpus must have been made with the same.
       tokenizer: of the decoder. style: of its prompts. frames: T, at most, of a video. isolated: whether a video's keys
         and values are the same in every context. engine, grammar: to read and write with.
-      fits: the first stage's score below which nothing fits, or None where the export names none.
+      fits: the first stage's score below which nothing fits, or None where the export's card states none.
     """
 
     def __init__(self, export: epath.PathLike, *, compute: Compute = Compute(dtype="float32")) -> None:
@@ -37,7 +37,7 @@ class Assistant:
 
         Raises:
           FileNotFoundError: there is none.
-          ValueError: it lacks a model or a tokenizer, or its tokenizer cannot be constrained.
+          ValueError: it lacks a model or a tokenizer, its tokenizer cannot be constrained, or its card cannot be read.
         """
         loaded = bundle.load(export, compute=compute)
         model, retriever = loaded.model, loaded.retriever
@@ -51,7 +51,7 @@ class Assistant:
         # Then a video's keys and values are the same in every context.
         self.isolated = model.config.layout == "isolated"
         self.engine, self.grammar = Engine(model), Grammar(tokenizer)
-        self.fits: float | None = None
+        self.fits = card.threshold(export)
         self._queries, self._longest = queries, retriever.config.text.max_tokens
         definition, self._retriever = nnx.split(retriever)
         self._embed = jax.jit(lambda state, tokens: nnx.merge(definition, state).embed_text(tokens))

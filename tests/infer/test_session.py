@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ import pytest
 from flax import nnx
 
 from ivcr_jax import bundle, index
+from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Intent, video_number
 from ivcr_jax.data.dialogue import Turn as Said
 from ivcr_jax.data.encoding import EncodingConfig, Shown, encode
+from ivcr_jax.export import cast
 from ivcr_jax.infer import assistant as assistants
 from ivcr_jax.infer import grammar, session
 from ivcr_jax.infer.assistant import Assistant
@@ -262,6 +265,54 @@ def test_where_nothing_fits_it_is_said(helper, corpus, monkeypatch):
     assert len(turn.ranking) == 4, "what was looked at is shown all the same"
     monkeypatch.setattr(helper, "fits", -2.0)
     assert conversation.say("找一条鱼。").fits
+
+
+def test_the_threshold_is_that_of_the_exports_card(helper, export, indexed, corpus, tmp_path, monkeypatch):
+    """Between the best cosines of two messages: one finds nothing, the other finds a video as before."""
+    assert helper.fits is None, "an export without a card"
+    best = {
+        message: float((corpus.vectors @ helper.embed(prompt.retrieval_query([message]))).max())
+        for message in ("Find a video of a fish.", "找一个小狗的视频。", "Find a red dog.")
+    }
+    worse, *_, better = sorted(best, key=lambda message: best[message])
+    assert best[better] - best[worse] > 1e-3
+    bar = (best[worse] + best[better]) / 2
+    shutil.copytree(export, tmp_path / "export")
+    card = {"version": 1, "calibration": {"threshold": bar}}
+    (tmp_path / "export" / "card.json").write_text(json.dumps(card))
+    careful = Assistant(tmp_path / "export")
+    assert careful.fits == bar
+    Corpus.open(indexed, careful.fingerprint)  # the corpus is that of the same weights
+    monkeypatch.setattr(helper, "fits", careful.fits)  # its programs are compiled
+    refused, answered = Session(helper, corpus).say(worse), Session(helper, corpus).say(better)
+    assert (refused.fits, refused.video) == (False, None) and refused.text in grammar.NOTHING_FITS.values()
+    assert answered.fits and answered.video == answered.ranking[0].id
+    (tmp_path / "export" / "card.json").write_text("{}")
+    with pytest.raises(ValueError, match="card.json: found no card"):
+        Assistant(tmp_path / "export")
+
+
+@pytest.mark.slow
+def test_an_export_in_bfloat16_serves_as_well(export, corpus, videos, helper, tmp_path):
+    loaded, half = bundle.load(export), tmp_path / "half"
+    tokenizers = {
+        bundle.TOKENIZER: loaded.tokenizer.proto,
+        bundle.RETRIEVER_TOKENIZER: loaded.retriever_tokenizer.proto,
+    }
+    rounded = {name: cast(getattr(loaded, name), "bfloat16") for name in (bundle.MODEL, bundle.RETRIEVER)}
+    bundle.save(half, loaded.config, **rounded, tokenizers=tokenizers)
+    index.add(half, videos, tmp_path / "corpus", batch=1)
+    other = Assistant(half)
+    found = Corpus.open(tmp_path / "corpus", other.fingerprint)
+    for name in IDS:
+        error = np.abs(found.read(name).video - corpus.read(name).video).max()
+        assert 0 < error < 0.03
+    exact, turn = (Session(*of).say("A fish.") for of in ((helper, corpus), (other, found)))
+    expected = {ranked.id: ranked for ranked in exact.ranking}
+    for ranked in turn.ranking:
+        assert abs(ranked.first - expected[ranked.id].first) < 0.05
+        assert abs(ranked.score - expected[ranked.id].score) < 0.1 * max(1, abs(expected[ranked.id].score))
+    assert len(turn.ranking) == len(IDS)
 
 
 def test_an_empty_corpus_and_one_with_a_single_video(helper, export, videos, tmp_path):
