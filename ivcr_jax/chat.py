@@ -25,11 +25,10 @@ from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.console import Console, complain, read_file, refuse_others
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.infer.engine import GREEDY, Sampling
-from ivcr_jax.infer.session import Session
+from ivcr_jax.infer.session import REFUSED, Session
 from ivcr_jax.models.layers import Compute
 
 PROMPT = "> "
-REFUSED = ValueError, OSError, CorpusError  # what a line may be refused with; the conversation goes on
 
 
 def run_script(console: Console, lines: Sequence[str], name: str) -> bool:
@@ -132,9 +131,7 @@ def main(argv: list[str]) -> None:
     command.quiet()
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr] # they are files here
-    if args.cache:
-        jax.config.update("jax_compilation_cache_dir", args.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    command.keep_programs(args.cache)
     typed = args.script is None and sys.stdin.isatty() and not args.json
     good = True
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags, logging
 
 
@@ -15,3 +16,10 @@ def quiet() -> None:
     """Warnings alone, as Orbax tells of every file; not where --verbosity was given."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+
+
+def keep_programs(folder: str | None) -> None:
+    """Keeps compiled programs in a folder, where one is named, so that the next start need not compile them."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,6 +1,5 @@
 """Runs the lines of a conversation, messages and commands, and shows what comes of them."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -103,7 +102,7 @@ class Console:
             else:
                 clear()
         if self._json:
-            print(json.dumps(dataclasses.asdict(turn) | {"intent": turn.intent.name}), flush=True)
+            print(json.dumps(turn.to_json()), flush=True)
             return
         self._show(turn, before)
 

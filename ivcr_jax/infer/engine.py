@@ -198,12 +198,13 @@ class Engine:
         Args:
           tokens: f[V, K, D], from the video encoder. there: bool[V, K].
         """
-        videos = len(tokens)
-        spare = bucket(max(videos, 1), 1) - videos
-        padded = [np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in (tokens, there)]
-        k, v, keys = self._blocks(*padded)
         self.counts["visual_tokens"] += int(there.sum())
-        return [Block(k[place], v[place], there[place], keys[place]) for place in range(videos)]
+        blocks = []
+        for video in range(len(tokens)):
+            # By itself, or its last bits would depend on how many others are not at hand.
+            k, v, keys = self._blocks(tokens[video : video + 1], there[video : video + 1])
+            blocks.append(Block(k[0], v[0], there[video], keys[0]))
+        return blocks
 
     def put(self, context: Context, blocks: Sequence[Sequence[tuple[int, Block]]]) -> None:
         """Puts ready blocks behind what the rows have read (isolated layout).
@@ -307,6 +308,33 @@ class Engine:
             yield said
             free, without = (np.asarray(x) for x in chosen)
 
+    def write_together(
+        self, contexts: Sequence[Context], answers: Sequence[Answer], barred: np.ndarray, sampling: Sampling = GREEDY
+    ) -> Iterator[list[int | None]]:
+        """As `write`, of contexts of one row each that have read something, at least one. They are put together
+        before, and apart when all is written."""
+        if len(contexts) == 1:
+            yield from self.write(contexts[0], answers, barred, sampling)
+            return
+        spare = bucket(len(contexts), 1) - len(contexts)  # silent rows, so that few numbers of rows are compiled for
+        rows = [*contexts, *[self.context(1)] * spare]
+        size = max(row.cache.segments.shape[1] for row in rows)
+        caches = [_grow(row.cache, size - row.cache.segments.shape[1]) for row in rows]
+        states = [row.hidden for row in rows if row.hidden is not None]
+        joined = Context(
+            _join(caches),
+            np.concatenate([row.lengths for row in rows]),
+            np.concatenate([row.positions for row in rows]),
+            jnp.concatenate([*states, *states[:1] * spare]),
+        )
+        del caches
+        yield from self.write(joined, [*answers, *[None] * spare], barred, sampling)
+        states = jnp.split(jnp.asarray(joined.hidden), len(rows))
+        for place, (context, cache) in enumerate(zip(contexts, _part(joined.cache), strict=False)):
+            here = slice(place, place + 1)
+            context.cache, context.hidden = cache, states[place]
+            context.lengths, context.positions = joined.lengths[here], joined.positions[here]
+
     def _make_room(self, context: Context, more: int) -> None:
         size = context.cache.segments.shape[1]
         wanted = bucket(int(context.lengths.max()) + more, size)
@@ -397,3 +425,14 @@ def _grow(cache: KVCache, more: int) -> KVCache:
         return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if x.ndim > 1 else x
 
     return jax.tree.map(longer, cache)
+
+
+@jax.jit
+def _join(caches: list[KVCache]) -> KVCache:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+
+
+@jax.jit
+def _part(cache: KVCache) -> list[KVCache]:
+    """A cache of each row."""
+    return [jax.tree.map(lambda x: x[row : row + 1], cache) for row in range(len(cache.lengths))]  # noqa: B023

@@ -5,28 +5,32 @@ video shows the first stage's best as candidates; the rank head orders them, the
 is written with their numbers. Saved as JSON a session is its messages: loading says them again, and gives the same.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Intent, language_of
 from ivcr_jax.infer import grammar
 from ivcr_jax.infer.assistant import Assistant
-from ivcr_jax.infer.corpus import Corpus, Record
+from ivcr_jax.infer.corpus import Corpus, CorpusError, Record
 from ivcr_jax.infer.engine import GREEDY, Context, Sampling
-from ivcr_jax.infer.turn import Moment, Ranked, Turn
+from ivcr_jax.infer.reading import LONGEST_MESSAGE, clean, read_turn
+from ivcr_jax.infer.turn import Message, Moment, Ranked, Turn
 from ivcr_jax.infer.understanding import Request, understand
 
 VERSION = 1
-LONGEST_MESSAGE = 512  # tokens; what is longer is cut
 LONGEST_CONTEXT = 4096  # positions; a conversation that would grow beyond begins anew
+REFUSED = ValueError, OSError, CorpusError  # what a message may be refused with; the conversation goes on
+
+# A turn under way: it reads, gives the answer that is to be written, and goes on when it has been.
+_Steps = Generator[grammar.Answer, None, Turn]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +98,28 @@ class Session:
         """The id of the current video."""
         return self._state.current
 
-    def say(self, text: str, stream: Callable[[str], None] | None = None) -> Turn:
+    def say(self, message: str | Message, stream: Callable[[str], None] | None = None) -> Turn:
         """Answers a message.
 
         Args:
-          text: of the person.
+          message: of the person: the words, or with what is known besides.
           stream: is given each piece of the answer as it is written.
 
         Raises:
-          ValueError: for a message that holds nothing.
+          ValueError: for a message that holds nothing, or an id that the corpus has not.
         """
-        message, notes = self._clean(text)
-        request = understand(message, self._state.current is not None)
-        return self._turn({"say": text}, message, request, notes, stream)
+        return self._alone(self._said(message), stream)
+
+    def _said(self, message: str | Message) -> _Steps:
+        known = Message(message) if isinstance(message, str) else message
+        for name in known.videos:
+            self._corpus.video(name)  # or it is refused
+        words, notes = clean(known.text, self._assistant.tokenizer)
+        request = understand(words, known.video is not None or self._state.current is not None)
+        if known.intent is not None:
+            request = dataclasses.replace(request, intent=known.intent)
+        steps = self._turn({"say": known.to_json()}, words, request, notes, None, known.video, known.candidates)
+        return (yield from steps)
 
     def like(
         self,
@@ -134,7 +147,7 @@ class Session:
         words = {"en": "Show me videos similar to this one.", "zh": "再给我找一些类似的视频。"}[language]
         request = Request(Intent.VIDEO, similar=True, bare=True)
         saved = {"like": video, "start": start, "end": end}
-        return self._turn(saved, words, request, [], stream, vector, video)
+        return self._alone(self._turn(saved, words, request, [], vector, video), stream)
 
     def undo(self) -> Turn:
         """Takes the last turn back; returns it. Raises ValueError where there is none."""
@@ -198,22 +211,13 @@ class Session:
     def _again(self, saved: dict[str, Any]) -> Turn:
         if "like" in saved:
             return self.like(saved["like"], saved["start"], saved["end"])
-        return self.say(saved["say"])
+        return self.say(Message.from_json(saved["say"]))
 
-    def _clean(self, text: str) -> tuple[str, list[str]]:
-        """The message as the model may read it, and notes."""
-        # Half a surrogate pair is no text; a control character has no meaning in one.
-        text = text.encode(errors="replace").decode()
-        message = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        if not message:
-            raise ValueError("the message holds nothing; expected some words")
-        message = prompt.as_text(message)
-        tokenizer, notes = self._assistant.tokenizer, []
-        ids = tokenizer.encode(message)
-        if len(ids) > LONGEST_MESSAGE:
-            message = tokenizer.decode(ids[:LONGEST_MESSAGE]).rstrip("\ufffd")
-            notes = [f"The message has {len(ids)} tokens; only the first {LONGEST_MESSAGE} were read."]
-        return message, notes
+    def _alone(self, steps: _Steps, stream: Callable[[str], None] | None) -> Turn:
+        found = _finish([(self, steps)], stream)[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _turn(
         self,
@@ -221,10 +225,10 @@ class Session:
         message: str,
         request: Request,
         notes: list[str],
-        stream: Callable[[str], None] | None,
         vector: np.ndarray | None = None,
         current: str | None = None,
-    ) -> Turn:
+        candidates: Sequence[str] | None = None,
+    ) -> _Steps:
         before = self._context, self._state
         clock = _Clock()
         try:
@@ -233,8 +237,8 @@ class Session:
             if self._state.positions[0] + LONGEST_MESSAGE + 512 > LONGEST_CONTEXT:
                 self._forget()
                 notes.append("The conversation has become too long; what was said before is forgotten.")
-            turn = self._answer(message, request, notes, stream, vector, clock)
-        except BaseException:  # an interrupt too: the turn has not been
+            turn = yield from self._answer(message, request, notes, vector, candidates, clock)
+        except BaseException:  # an interrupt too, which closes what is under way: the turn has not been
             self._context, self._state = before
             self._rewind()
             raise
@@ -255,10 +259,10 @@ class Session:
         message: str,
         request: Request,
         notes: list[str],
-        stream: Callable[[str], None] | None,
         vector: np.ndarray | None,
+        candidates: Sequence[str] | None,
         clock: "_Clock",
-    ) -> Turn:
+    ) -> _Steps:
         """Answers; leaves in `_state` what the next turn begins with."""
         state, language = self._state, language_of(message)
         listed = {ranked.number: ranked.id for ranked in state.ranking}
@@ -269,16 +273,16 @@ class Session:
             notes.append(f"There is no video {request.number} in the list of {len(listed)}.")
         intent = request.intent
         if intent is None and request.bare and request.number in listed:
-            return self._point(message, language, request.number, notes, stream, clock)
+            return (yield from self._point(message, language, request.number, notes, clock))
         if intent is None:
             intent = self._intent_of(message, current)
         if intent == Intent.MOMENT and current is not None:
-            turn = self._locate(message, language, current, request.after, stream, clock)
+            turn = yield from self._locate(message, language, current, request.after, clock)
         elif intent == Intent.CHAT:
-            turn = self._talk(message, language, stream, clock)
+            turn = yield from self._talk(message, language, clock)
         else:
             self._state = dataclasses.replace(state, current=current)
-            turn = self._find(message, language, request, vector, stream, clock)
+            turn = yield from self._find(message, language, request, vector, candidates, clock)
         return dataclasses.replace(turn, notes=tuple(notes), timings=clock.seconds)
 
     def _intent_of(self, description: str, current: str | None) -> Intent:
@@ -295,9 +299,9 @@ class Session:
         language: str,
         request: Request,
         vector: np.ndarray | None,
-        stream: Callable[[str], None] | None,
+        candidates: Sequence[str] | None,
         clock: "_Clock",
-    ) -> Turn:
+    ) -> _Steps:
         state, assistant = self._state, self._assistant
         beside = frozenset([state.current] if state.current and (request.rejects or request.similar) else [])
         rejected = (state.rejected | beside if request.rejects else state.rejected) if beside else frozenset()
@@ -306,10 +310,14 @@ class Session:
             vector = self._corpus.read(state.current).video
         if vector is None:
             vector = assistant.embed(prompt.retrieval_query(asked))
-        allowed = self._allowed & self._corpus.allowed(without=beside | rejected)
-        first, found = self._corpus.search(vector[None], self._candidates, allowed)
-        there = found[0] >= 0
-        names, first = [self._corpus.videos[i].id for i in found[0][there]], first[0][there]
+        if candidates is None:
+            allowed, count = self._allowed & self._corpus.allowed(without=beside | rejected), self._candidates
+        else:
+            allowed, count = self._corpus.allowed(ids=candidates), len(candidates)
+        found, numbers = self._corpus.search(vector[None], count, allowed)
+        near = {self._corpus.videos[i].id: score for i, score in zip(numbers[0], found[0], strict=True) if i >= 0}
+        names = [*(near if candidates is None else candidates)]
+        first = np.array([near[name] for name in names], np.float32)
         clock.lap("search")
         turn = prompt.PromptTurn(message, None, Intent.VIDEO, language, tuple(range(1, len(names) + 1)))
         keys, shown = self._read(turn, names)
@@ -329,7 +337,7 @@ class Session:
             number=ranking[0].number if fits else None,
             fixed=None if fits else grammar.NOTHING_FITS[language],
         )
-        text = self._write(answer, stream, clock)
+        text = yield from _written(answer, clock)
         video = ranking[0].id if fits else None
         self._keep(asked=asked, rejected=rejected, ranking=ranking, current=video, moment=None)
         evidence = self._evidence(self._corpus.read(video), vector) if video else ()
@@ -341,9 +349,8 @@ class Session:
         language: str,
         video: str,
         after: bool,
-        stream: Callable[[str], None] | None,
         clock: "_Clock",
-    ) -> Turn:
+    ) -> _Steps:
         state, assistant = self._state, self._assistant
         record = self._corpus.read(video)
         number = next((ranked.number for ranked in state.ranking if ranked.id == video), 1)
@@ -356,7 +363,7 @@ class Session:
         span, score = assistant.moment(self._context, record, duration, vector, begins)
         clock.lap("rank")
         answer = grammar.Answer(assistant.grammar, language, number=number, span=span)
-        text = self._write(answer, stream, clock)
+        text = yield from _written(answer, clock)
         moment = Moment(video, *span, score)
         self._keep(current=video, moment=moment)
         evidence = self._evidence(record, vector, span)
@@ -368,13 +375,12 @@ class Session:
         self,
         message: str,
         language: str,
-        stream: Callable[[str], None] | None,
         clock: "_Clock",
         fixed: str | None = None,
-    ) -> Turn:
+    ) -> _Steps:
         self._read(prompt.PromptTurn(message, None, Intent.CHAT, language), [])
         clock.lap("read")
-        text = self._write(grammar.Answer(self._assistant.grammar, language, fixed=fixed), stream, clock)
+        text = yield from _written(grammar.Answer(self._assistant.grammar, language, fixed=fixed), clock)
         self._keep()
         return Turn(message, Intent.CHAT, language, self._state.ranking, video=self._state.current, text=text)
 
@@ -384,77 +390,25 @@ class Session:
         language: str,
         number: int | None,
         notes: list[str],
-        stream: Callable[[str], None] | None,
         clock: "_Clock",
-    ) -> Turn:
+    ) -> _Steps:
         """The current video is another one of the list."""
         name = next(ranked.id for ranked in self._state.ranking if ranked.number == number)
         title = prompt.as_text(self._corpus.video(name).title)
         words = {"en": f"Now we look at video {number}: {title}.", "zh": f"现在看的是视频 {number}：{title}。"}[
             language
         ]
-        turn = self._talk(message, language, stream, clock, words)
+        turn = yield from self._talk(message, language, clock, words)
         self._keep(current=name, moment=None)
         return dataclasses.replace(turn, video=name, notes=tuple(notes), timings=clock.seconds)
 
     def _read(self, turn: prompt.PromptTurn, names: Sequence[str]) -> tuple[Any, np.ndarray]:
-        """Reads a turn's prompt with its videos; for `Engine.scores` their keys f[1, C, K, 2 E] and which are there."""
-        assistant, engine, context = self._assistant, self._assistant.engine, self._context
-        text, _ = prompt.render_turn(turn, assistant.style, self._state.prompts == 0)
-        self._state = dataclasses.replace(self._state, prompts=self._state.prompts + 1)
-        ids = assistant.tokenizer.encode(text)
-        video_token = assistant.tokenizer.ids[prompt.VIDEO_TOKEN]
-        places = [place for place, token in enumerate(ids) if token == video_token]
-        if not assistant.isolated:
-            return self._read_inline(ids, places, names)
-        blocks = assistant.blocks(self._corpus, names) if names else []
-        held = self._state.blocks
-        new = [name for name in dict.fromkeys(names) if name not in held]
-        border = places[-1] if new else len(ids)
-        before, behind = ([token for token in part if token != video_token] for part in (ids[:border], ids[border:]))
-        engine.read(context, [before])
-        if new:
-            of_name = dict(zip(names, blocks, strict=True))
-            engine.put(context, [[(len(held) + place + 1, of_name[name]) for place, name in enumerate(new)]])
-            engine.read(context, [behind])
-            self._state = dataclasses.replace(self._state, blocks=(*held, *new))
-        if not blocks:
-            return None, np.zeros((1, 0, 0), bool)
-        return jnp.stack([block.keys for block in blocks])[None], np.stack([block.there for block in blocks])[None]
-
-    def _read_inline(self, ids: list[int], places: list[int], names: Sequence[str]) -> tuple[Any, np.ndarray]:
-        """As published: a video's tokens go through the decoder wherever it is mentioned."""
-        engine, records = self._assistant.engine, [self._corpus.read(name) for name in names]
-        if not records:
-            engine.read(self._context, [ids])
-            return None, np.zeros((1, 0, 0), bool)
-        there = np.stack([record.token_mask for record in records])
-        tokens = np.stack([record.tokens for record in records]).astype(np.float32)
-        line: list[int] = []
-        visual: list[np.ndarray] = []
-        begins: list[int] = []
-        for place, token in enumerate(ids):
-            if place in places:
-                number = len(begins)
-                begins.append(len(line))
-                line += np.where(there[number], token, -1).tolist()
-                visual.append(tokens[number])
-            else:
-                line.append(token)
-                visual.append(np.full((1, tokens.shape[-1]), np.nan, np.float32))
-        hidden = engine.read(self._context, [line], [np.concatenate(visual)])
-        where = np.array(begins)[:, None] + np.arange(there.shape[1])
-        return engine.rank_keys(hidden[0][where])[None], there[None]
-
-    def _write(self, answer: grammar.Answer, stream: Callable[[str], None] | None, clock: "_Clock") -> str:
-        assistant, given = self._assistant, 0
-        for _ in assistant.engine.write(self._context, [answer], assistant.grammar.barred, self._sampling):
-            ready = answer.text.rstrip("\ufffd")  # the rest of a character may come with the next token
-            if stream is not None and len(ready) > given:
-                stream(ready[given:])
-                given = len(ready)
-        clock.lap("write")
-        return answer.text.strip()
+        state = self._state
+        keys, there, blocks = read_turn(
+            self._assistant, self._corpus, self._context, turn, names, first=state.prompts == 0, held=state.blocks
+        )
+        self._state = dataclasses.replace(state, prompts=state.prompts + 1, blocks=blocks)
+        return keys, there
 
     def _keep(self, **changes: Any) -> None:
         here = self._context
@@ -472,6 +426,56 @@ class Session:
             inside = (record.times >= span[0]) & (record.times <= span[1])
         best = [i for i in np.argsort(-scores, kind="stable") if inside[i]][:3]
         return tuple((float(record.times[i]), float(scores[i])) for i in best)
+
+
+def say_together(sessions: Sequence[Session], messages: Sequence[Message]) -> list[Turn | Exception]:
+    """A message to each of several sessions, which have an assistant and the sampling in common.
+
+    They read one after the other and write together, a row each. What comes of it is what `Session.say` gives, but for
+    the last bits of numbers: several rows are summed in another order than one.
+
+    Returns:
+      of each its turn, or why there is none, one of REFUSED; the others go on.
+    """
+    return _finish([(session, session._said(message)) for session, message in zip(sessions, messages, strict=True)])
+
+
+def _finish(
+    turns: Sequence[tuple[Session, _Steps]], stream: Callable[[str], None] | None = None
+) -> list[Turn | Exception]:
+    """Carries out a turn of each session. `stream` is given the pieces of the first answer."""
+    with contextlib.ExitStack() as stack:
+        for _, steps in turns:
+            stack.callback(steps.close)  # an interrupt takes back what is under way
+        found: list[Any] = [_step(steps) for _, steps in turns]
+        writing = [place for place, each in enumerate(found) if isinstance(each, grammar.Answer)]
+        if writing:
+            session, answers, given = turns[0][0], [found[place] for place in writing], 0
+            contexts, barred = [turns[place][0]._context for place in writing], session._assistant.grammar.barred
+            for _ in session._assistant.engine.write_together(contexts, answers, barred, session._sampling):
+                ready = answers[0].text.rstrip("\ufffd")  # the rest of a character may come with the next token
+                if stream is not None and len(ready) > given:
+                    stream(ready[given:])
+                    given = len(ready)
+        for place in writing:
+            found[place] = _step(turns[place][1])
+    return found
+
+
+def _step(steps: _Steps) -> grammar.Answer | Turn | Exception:
+    """Goes on with a turn: to the answer that is to be written, to its end, or to what it is refused with."""
+    try:
+        return next(steps)
+    except StopIteration as end:
+        return end.value
+    except REFUSED as error:
+        return error
+
+
+def _written(answer: grammar.Answer, clock: "_Clock") -> Generator[grammar.Answer, None, str]:
+    yield answer
+    clock.lap("write")
+    return answer.text.strip()
 
 
 class _Clock:
