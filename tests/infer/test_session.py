@@ -72,8 +72,11 @@ def test_scores_and_moments_are_those_of_training(layout, export, indexed, video
     corpus = Corpus.open(indexed, helper.fingerprint)
     said = "It is so, and at 1.0s."  # whatever the weights would say, these are the tokens
 
-    real = grammar.Answer
-    monkeypatch.setattr(grammar, "Answer", lambda of, language, **_: real(of, language, fixed=said))
+    class Fixed(grammar.Answer):
+        def __init__(self, of, language, **_):
+            super().__init__(of, language, fixed=said)
+
+    monkeypatch.setattr(grammar, "Answer", Fixed)
     conversation = Session(helper, corpus, candidates=3)
     turns = [
         conversation.say(message) for message in ("A fish.", "When is it?", "你好", "Do you have a similar one? Red.")
