@@ -39,7 +39,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sees: Marks, seen: Marks, h
     Args:
       q: f[B, S, H, K]. k, v: f[B, N, G, K]; G divides H.
       sees, seen: marks of the S and the N positions.
-      how: see Compute.attention. Splash is for positions that look at each other (S = N, the same marks).
+      how: see Compute.attention. Splash is for positions that look at each other (S = N, the same marks); "cache" is
+        for others, "xla" but on a CPU.
 
     Returns:
       f[B, S, H, K]. Where nothing is seen it is finite and means nothing.
@@ -59,6 +60,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sees: Marks, seen: Marks, h
     if how == "splash":
         return jax.lax.platform_dependent(q, k, v, tpu=splash(False), default=splash(True))
     # By the platform that is compiled for, which need not be the one compiled on.
+    if how == "cache":
+        return jax.lax.platform_dependent(q, k, v, cpu=by_rows, default=plain)
     return jax.lax.platform_dependent(q, k, v, tpu=splash(False), cpu=by_rows, default=plain)
 
 
@@ -104,8 +107,9 @@ def _call(q: jax.Array, k: jax.Array, v: jax.Array, marks: jax.Array, run: Calla
 
 
 def _by_rows(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """As `_kernel`, with what is seen, bool[B, S, S]. One row's scores are there at a time, and again in the backward
-    pass: in a CPU's cache, where this takes less than half the time that all rows at once do."""
+    """As `_kernel`, of S positions that look at N, with what is seen, bool[B, S, N]. One row's scores are there at a
+    time, and again in the backward pass: in a CPU's cache, where this takes less than half the time that all rows at
+    once do."""
 
     def row(each: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, seen = each

@@ -285,7 +285,7 @@ class Llama(nnx.Module):
             v = split_heads(layer.v(y, keys[2]), layer.kv_heads)
             if kv is not None:
                 kv = k, v = put(kv[0], places, k), put(kv[1], places, v)
-            y = attend(q, k, v, sees, seen, self.compute.attention if kv is None else "xla")
+            y = attend(q, k, v, sees, seen, self.compute.attention if kv is None else "xla" if length == 1 else "cache")
             x = x + layer.o(y.reshape(rows, length, -1), keys[3])
             y = layer.mlp_norm(x)
             y = jax.nn.silu(layer.gate(y, keys[4])) * layer.up(y, keys[5])
