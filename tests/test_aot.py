@@ -117,6 +117,7 @@ SMALL = (
     "--config.compute.attention=xla",
     "--config.losses.contrastive=0.0",
     "--config.model.rank.first_stage=False",
+    "--config.model.moment.first_width=0",
 )
 
 

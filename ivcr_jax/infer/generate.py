@@ -22,7 +22,7 @@ from absl import app, flags
 from etils import epath
 from tqdm import tqdm
 
-from ivcr_jax import bundle, command
+from ivcr_jax import bundle, card, command
 from ivcr_jax.config import listed
 from ivcr_jax.infer import terminal
 from ivcr_jax.infer.assistant import Assistant
@@ -122,6 +122,7 @@ def generate(
     header = {
         "results": VERSION,
         "export": opened.fingerprint,
+        "fits": card.threshold(export),  # the fingerprint leaves the card out
         "corpus": _contents(opened),
         "dialogues": hashlib.sha256(data).hexdigest(),
         "candidates": candidates,
