@@ -448,7 +448,7 @@ def _finish(
         for _, steps in turns:
             stack.callback(steps.close)  # an interrupt takes back what is under way
         found: list[Any] = [_step(steps) for _, steps in turns]
-        writing = [place for place, each in enumerate(found) if isinstance(each, grammar.Answer)]
+        writing = [place for place, each in enumerate(found) if not isinstance(each, Turn | Exception)]
         if writing:
             session, answers, given = turns[0][0], [found[place] for place in writing], 0
             contexts, barred = [turns[place][0]._context for place in writing], session._assistant.grammar.barred
