@@ -47,7 +47,7 @@ VIT = ViTConfig(
     pixel_std=(0.2, 0.2, 0.2),
 )
 VOCAB = 1200
-STEPS = {"retriever": 200, "both": 150, "long-retriever": 1200, "long": 1500}
+STEPS = {"retriever": 450, "both": 200, "long-retriever": 1800, "long": 1500}
 
 
 def config(stage: str = "both") -> TrainConfig:

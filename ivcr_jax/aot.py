@@ -108,7 +108,7 @@ def lower_decode(config: TrainConfig, mesh: Mesh) -> Any:
         return model.llama.empty_cache(rows, size)
 
     marks: Any = lie(of_rows)
-    keys: Any = lie(None, of_rows, None, heads)
+    keys: Any = lie(None, of_rows, heads)
     cache = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(cache_shapes),

@@ -198,7 +198,7 @@ def calibrated(
         logging.warning("no threshold for when nothing fits: %s", " ".join(str(error).split()))
         # Without the reason's own words: they name paths of this machine.
         measured = isinstance(error, calibration.CannotTell)
-        return {"threshold": None, "why": str(error) if measured else "the run's data could not be read"}
+        return {"threshold": None, "why": str(error) if measured else f"the run's data led to a {type(error).__name__}"}
 
 
 def revision() -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Block:
     """A video in the decoder, the same in every context (isolated layout).
 
     Attributes:
-      k, v: f[L, K, G, H], keys and values, rotary embedding applied.
+      k, v: f[L, G, K, H], keys and values, rotary embedding applied.
       there: bool[K].
       keys: f[K, 2 E], from `RankHead.keys`.
     """
@@ -407,24 +407,25 @@ def _blocks(model: InterLLaVA, tokens: jax.Array, there: jax.Array) -> tuple[Any
     order = jnp.maximum(jnp.cumsum(there, axis=1) - 1, 0)
 
     def of_videos(layers: list[jax.Array]) -> jax.Array:
-        return jnp.stack([jnp.take_along_axis(x, order[:, :, None, None], axis=1) for x in layers], axis=1)
+        return jnp.stack([jnp.take_along_axis(x, order[:, None, :, None], axis=2) for x in layers], axis=1)
 
     return of_videos(cache.k), of_videos(cache.v), model.rank.keys(hidden)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _append(cache: KVCache, k: Any, v: Any, segments: jax.Array, numbers: jax.Array) -> KVCache:
-    """k, v: of each row the blocks f[L, K, G, H]."""
-    k, v = (list(jnp.stack([jnp.concatenate(row, axis=1) for row in kind], axis=1)) for kind in (k, v))
+    """k, v: of each row the blocks f[L, G, K, H]."""
+    k, v = (list(jnp.stack([jnp.concatenate(row, axis=2) for row in kind], axis=1)) for kind in (k, v))
     return cache.append(k, v, segments, numbers)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _grow(cache: KVCache, more: int) -> KVCache:
-    def longer(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)) if x.ndim > 1 else x
+    def longer(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, more if place == axis else 0) for place in range(x.ndim)])
 
-    return jax.tree.map(longer, cache)
+    k, v = jax.tree.map(lambda x: longer(x, 2), (cache.k, cache.v))
+    return dataclasses.replace(cache, k=k, v=v, segments=longer(cache.segments, 1), blocks=longer(cache.blocks, 1))
 
 
 @jax.jit

@@ -308,8 +308,9 @@ class Session:
         asked = state.asked if request.bare and request.rejects and state.asked else (*state.asked, message)
         if vector is None and request.bare and request.similar and state.current:
             vector = self._corpus.read(state.current).video
+        bar = None  # of words' cosines with videos: those of one video with another are of another size
         if vector is None:
-            vector = assistant.embed(prompt.retrieval_query(asked))
+            vector, bar = assistant.embed(prompt.retrieval_query(asked)), assistant.fits
         if candidates is None:
             allowed, count = self._allowed & self._corpus.allowed(without=beside | rejected), self._candidates
         else:
@@ -330,7 +331,7 @@ class Session:
                 for place in np.argsort(-scores, kind="stable").tolist()
             )
         clock.lap("rank")
-        fits = bool(names) and (assistant.fits is None or float(first.max()) >= assistant.fits)
+        fits = bool(names) and (bar is None or float(first.max()) >= bar)
         answer = grammar.Answer(
             assistant.grammar,
             language,

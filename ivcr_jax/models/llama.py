@@ -85,7 +85,8 @@ class KVCache:
     """Keys and values of what was read so far.
 
     Attributes:
-      k, v: f[L, B, N, G, K], rotary embedding applied; where the decoder's layers are a list, L of f[B, N, G, K].
+      k, v: f[L, B, G, N, K], rotary embedding applied; where the decoder's layers are a list, L of f[B, G, N, K]. A
+        head's positions lie together, as a product with them reads them: else each token copies the cache.
       segments, blocks: i32[B, N], as of the positions that were read; segment 0 where nothing is.
       lengths: i32[B], positions in use. The caller keeps them at most N; what would be written past N is lost.
     """
@@ -113,7 +114,7 @@ class KVCache:
         )
 
     def append(self, k: Any, v: Any, segments: jax.Array, blocks: jax.Array) -> "KVCache":
-        """The cache with ready keys and values f[L, B, S, G, K] (or L of f[B, S, G, K]) after what it holds.
+        """The cache with ready keys and values f[L, B, G, S, K] (or L of f[B, G, S, K]) after what it holds.
 
         In the isolated layout those of a video's block are the same in every context, so they can be computed once
         (by a forward pass over the block alone) and put here.
@@ -130,8 +131,10 @@ class KVCache:
 
 
 def put(buffer: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-    """buffer[b, places[b, s]] = new[b, s]; places past the end are dropped."""
-    return jax.vmap(lambda row, places, new: row.at[places].set(new, mode="drop"))(
+    """buffer[b, places[b, s]] = new[b, s], or with heads buffer[b, g, places[b, s]] = new[b, g, s]; places past the end
+    are dropped."""
+    position = (slice(None),) * (buffer.ndim == 4)
+    return jax.vmap(lambda row, places, new: row.at[*position, places].set(new, mode="drop"))(
         buffer, places, new.astype(buffer.dtype)
     )
 
@@ -224,7 +227,7 @@ class Llama(nnx.Module):
         none = jnp.zeros((rows, size), jnp.int32)
 
         def empty() -> Any:
-            one = (rows, size, c.kv_heads, c.head_size)
+            one = (rows, c.kv_heads, size, c.head_size)
             if isinstance(self.layers, nnx.List):
                 return [jnp.zeros(one, self.compute.dtype) for _ in range(c.layers)]
             return jnp.zeros((c.layers, *one), self.compute.dtype)
@@ -284,7 +287,8 @@ class Llama(nnx.Module):
             k = rotate(split_heads(layer.k(y, keys[1]), layer.kv_heads), rope)
             v = split_heads(layer.v(y, keys[2]), layer.kv_heads)
             if kv is not None:
-                kv = k, v = put(kv[0], places, k), put(kv[1], places, v)
+                kv = tuple(put(held, places, new.swapaxes(1, 2)) for held, new in zip(kv, (k, v), strict=True))
+                k, v = (held.swapaxes(1, 2) for held in kv)
             y = attend(q, k, v, sees, seen, self.compute.attention if kv is None else "xla" if length == 1 else "cache")
             x = x + layer.o(y.reshape(rows, length, -1), keys[3])
             y = layer.mlp_norm(x)

@@ -204,8 +204,8 @@ def made(folder: pathlib.Path, llama: LlamaConfig) -> tuple[pathlib.Path, pathli
 class Talk:
     """An assistant over a made corpus, with answers of one length. Attributes: frames: that went through its ViTs."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        export, corpus = made(folder, SMALL)
+    def __init__(self, folder: pathlib.Path, llama: LlamaConfig = SMALL) -> None:
+        export, corpus = made(folder, llama)
         self.frames = 0
         real_vit = ViT.__call__
 
@@ -323,7 +323,11 @@ def main(argv: list[str]) -> None:
             "decode": lambda: decode(rounds),
             "prefill": lambda: prefill(rounds),
             "start": lambda: start(folder / "start", rounds),
-            "turns": lambda: talk().turns(rounds),
+            # What grows is attention, and the narrower the decoder, the larger its share: here and as wide as `decode`.
+            "turns": lambda: {
+                f"width {SMALL.width}": talk().turns(rounds),
+                f"width {LLAMA.width}": Talk(folder / "wide", LLAMA).turns(rounds),
+            },
             "rerank": lambda: talk().rerank(rounds),
             "batch": lambda: talk().batch(rounds),
         }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,13 @@ def test_results_of_something_else_are_left_alone(run, export, indexed, videos, 
     other = write_export(tmp_path / "other", scale=0.5)
     with pytest.raises(CorpusError, match="was made with the export"):
         generate(other, indexed, str(tmp_path / "dialogues.jsonl"), str(out))
+    # The same parameters, so the same fingerprint and corpus, and yet another answer.
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(export, calibrated)
+    (calibrated / "card.json").write_text(json.dumps({"version": 1, "calibration": {"threshold": 0.5}}))
+    with pytest.raises(ValueError, match="out.jsonl: was made with fits None and not 0.5; expected the same"):
+        generate(calibrated, indexed, str(tmp_path / "dialogues.jsonl"), str(out), batch=2)
+    assert out.read_bytes() == whole
     for held in (b"mine", b"mine\n", b"[1]\n", b'{"a": 1}\n'):
         out.write_bytes(held)
         with pytest.raises(ValueError, match="out.jsonl: found another file, expected results or nothing"):

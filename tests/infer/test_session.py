@@ -266,6 +266,7 @@ def test_where_nothing_fits_it_is_said(helper, corpus, monkeypatch):
     turn = conversation.say("找一条鱼。")
     assert not turn.fits and turn.text == grammar.NOTHING_FITS["zh"] and turn.video is None
     assert len(turn.ranking) == 4, "what was looked at is shown all the same"
+    assert conversation.like(turn.ranking[0].id).fits, "a video's cosines with others are not what was calibrated"
     monkeypatch.setattr(helper, "fits", -2.0)
     assert conversation.say("找一条鱼。").fits
 

@@ -312,8 +312,8 @@ def test_a_block_alone_has_the_keys_it_has_in_a_dialogue(model):
                 array[0, : len(here)] = whole[row, here]
             hidden, cache = forward(model, *alone, model.empty_cache(1, 4))
             at = np.cumsum(segments[row] > 0)[here] - 1  # the cache leaves no gaps
-            close(cache.k[:, 0, : len(here)], joint.k[:, row, at], 1e-6)
-            close(cache.v[:, 0, : len(here)], joint.v[:, row, at], 1e-6)
+            close(cache.k[:, 0, :, : len(here)], joint.k[:, row][:, :, at], 1e-6)
+            close(cache.v[:, 0, :, : len(here)], joint.v[:, row][:, :, at], 1e-6)
             close(hidden[0, : len(here)], together[row, here], 1e-6)
             checked += 1
     assert checked == 9
@@ -350,7 +350,7 @@ def test_ready_keys_are_as_good_as_the_block_itself(model, ready, order):
             ids = np.full_like(segments, int(step))
             both = [np.repeat(array[:, here], 2, axis=0) for array in (block_x, block_positions)]
             _, read = forward(model, *both, segments, ids, read)
-            k, v = (np.repeat(array[:, :, here], 2, axis=1) for array in (made.k, made.v))
+            k, v = (np.repeat(array[:, :, :, here], 2, axis=1) for array in (made.k, made.v))
             appended = append(appended, k, v, segments, ids)
         else:
             x, positions, segments, ids = text

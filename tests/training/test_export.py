@@ -278,7 +278,7 @@ def test_where_the_data_are_gone_the_folder_is_written_without_a_threshold(begun
     assert export(workdir, tmp_path / "made") == STEPS
     text = (tmp_path / "made" / "card.json").read_text()
     found = json.loads(text)
-    assert found["calibration"] == {"threshold": None, "why": "the run's data could not be read"}
+    assert found["calibration"] == {"threshold": None, "why": "the run's data led to a DatasetNotFound"}
     assert found["data"]["videos"] == {"name": "features", "what": None, "fingerprint": None}
     assert "/pod" not in text and card.threshold(tmp_path / "made") is None
     assert bundle.load(tmp_path / "made").model is not None
