@@ -25,7 +25,8 @@ from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.console import Console, complain, read_file, refuse_others
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.infer.engine import GREEDY, Sampling
-from ivcr_jax.infer.session import REFUSED, Session
+from ivcr_jax.infer.session import Session
+from ivcr_jax.infer.steps import REFUSED
 from ivcr_jax.models.layers import Compute
 
 PROMPT = "> "

@@ -29,7 +29,8 @@ from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.console import complain, read_file
 from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.infer.engine import GREEDY, Sampling
-from ivcr_jax.infer.session import REFUSED, Session, say_together
+from ivcr_jax.infer.session import Session, say_together
+from ivcr_jax.infer.steps import REFUSED
 from ivcr_jax.infer.turn import Message
 from ivcr_jax.models.layers import Compute
 

@@ -59,6 +59,11 @@ class Grammar:
         self.barred = self.digits.copy()
         self.barred[[i for i in tokenizer.ids.values() if i != tokenizer.eos_id]] = True
 
+    def whole(self, answer: str) -> list[int]:
+        """The ids of a whole answer behind a prompt, with those that end it, as in training."""
+        # The tokenizer puts the space before it itself, and a space is what training has before the end.
+        return [*self.tokenizer.encode(f"{prompt.BOS}{answer.lstrip()} ")[1:], self.tokenizer.eos_id]
+
 
 class Answer:
     """Decides token by token what a row writes: what the model chooses, or what it must say.
@@ -97,7 +102,7 @@ class Answer:
         self._queue: collections.deque[int] = collections.deque()
         self.done, self.text = False, ""
         if fixed is not None:
-            self._queue.extend([*self._continued(f"{fixed} "), self._tokenizer.eos_id])
+            self._queue.extend(grammar.whole(fixed))
 
     def take(self, free: int, barred: int) -> int:
         """The next token, given the model's choice among all, and among those without digits."""

@@ -8,8 +8,7 @@ is written with their numbers. Saved as JSON a session is its messages: loading 
 import contextlib
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,18 +18,15 @@ from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Intent, language_of
 from ivcr_jax.infer import grammar
 from ivcr_jax.infer.assistant import Assistant
-from ivcr_jax.infer.corpus import Corpus, CorpusError, Record
+from ivcr_jax.infer.corpus import Corpus, Record
 from ivcr_jax.infer.engine import GREEDY, Context, Sampling
 from ivcr_jax.infer.reading import LONGEST_MESSAGE, clean, read_turn
+from ivcr_jax.infer.steps import Clock, Steps, finish
 from ivcr_jax.infer.turn import Message, Moment, Ranked, Turn
 from ivcr_jax.infer.understanding import Request, understand
 
 VERSION = 1
 LONGEST_CONTEXT = 4096  # positions; a conversation that would grow beyond begins anew
-REFUSED = ValueError, OSError, CorpusError  # what a message may be refused with; the conversation goes on
-
-# A turn under way: it reads, gives the answer that is to be written, and goes on when it has been.
-_Steps = Generator[grammar.Answer, None, Turn]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Session:
         """
         return self._alone(self._said(message), stream)
 
-    def _said(self, message: str | Message) -> _Steps:
+    def _said(self, message: str | Message) -> Steps:
         known = Message(message) if isinstance(message, str) else message
         for name in known.videos:
             self._corpus.video(name)  # or it is refused
@@ -118,8 +114,9 @@ class Session:
         request = understand(words, known.video is not None or self._state.current is not None)
         if known.intent is not None:
             request = dataclasses.replace(request, intent=known.intent)
-        steps = self._turn({"say": known.to_json()}, words, request, notes, None, known.video, known.candidates)
-        return (yield from steps)
+        with self._change({"say": known.to_json()}, notes, known.video) as made:
+            made.append((yield from self._answer(words, request, notes, None, known.candidates)))
+        return made[0]
 
     def like(
         self,
@@ -147,7 +144,54 @@ class Session:
         words = {"en": "Show me videos similar to this one.", "zh": "再给我找一些类似的视频。"}[language]
         request = Request(Intent.VIDEO, similar=True, bare=True)
         saved = {"like": video, "start": start, "end": end}
-        return self._alone(self._turn(saved, words, request, [], vector, video), stream)
+        return self._alone(self._liked(saved, words, request, vector, video), stream)
+
+    def _liked(self, saved: dict[str, Any], words: str, request: Request, vector: np.ndarray, video: str) -> Steps:
+        notes: list[str] = []
+        with self._change(saved, notes, video) as made:
+            made.append((yield from self._answer(words, request, notes, vector, None)))
+        return made[0]
+
+    def tell(
+        self, message: Message, answer: str, video: str | None = None, span: tuple[float, float] | None = None
+    ) -> Turn:
+        """Puts a turn into the conversation as it was held elsewhere: nothing is looked for, ranked or written.
+
+        Args:
+          message: with its intent; a search with the candidates it showed.
+          answer: as it was given.
+          video: the current one from here on; None leaves it. It need not be among the candidates.
+          span: seconds (start, end) that the answer names.
+
+        Raises ValueError for a message that holds nothing, an unknown id, no intent, a search without candidates, or a
+        moment without its video.
+        """
+        for name in (*message.videos, *([video] if video else [])):
+            self._corpus.video(name)  # or it is refused
+        intent, shown = message.intent, message.candidates or ()
+        if intent is None or bool(shown) != (intent == Intent.VIDEO) or (intent == Intent.MOMENT and not video):
+            raise ValueError("tell: expected an intent, candidates for a search and for nothing else, a moment's video")
+        assistant = self._assistant
+        words, notes = clean(message.text, assistant.tokenizer)
+        language = language_of(words)
+        saved = {"tell": message.to_json(), "answer": answer, "video": video, "span": None if span is None else [*span]}
+        with self._change(saved, notes, message.video) as made:
+            shown_as = tuple(range(1, len(shown) + 1))
+            asked = prompt.PromptTurn(words, None, intent, language, shown_as)
+            changes: dict[str, Any] = {"current": video or self.current}
+            seen, moment = shown, None
+            if intent == Intent.VIDEO:
+                changes["asked"], changes["rejected"] = (*self._state.asked, words), frozenset()
+                changes["ranking"] = tuple(Ranked(*each, 0.0, 0.0) for each in zip(shown, shown_as, strict=True))
+            elif intent == Intent.MOMENT and video is not None:
+                asked, seen = self._about(words, language, video), (video,)
+                moment = None if span is None else Moment(video, *span, 0.0)
+            self._read(asked, seen)
+            assistant.engine.read(self._context, [assistant.grammar.whole(answer)])
+            self._keep(**changes, **({} if intent == Intent.CHAT else {"moment": moment}))
+            turn = Turn(words, intent, language, self._state.ranking, True, self.current, moment, answer)
+            made.append(dataclasses.replace(turn, notes=tuple(notes)))
+        return made[0]
 
     def undo(self) -> Turn:
         """Takes the last turn back; returns it. Raises ValueError where there is none."""
@@ -211,41 +255,35 @@ class Session:
     def _again(self, saved: dict[str, Any]) -> Turn:
         if "like" in saved:
             return self.like(saved["like"], saved["start"], saved["end"])
+        if "tell" in saved:
+            span = saved["span"] and tuple(saved["span"])
+            return self.tell(Message.from_json(saved["tell"]), saved["answer"], saved["video"], span)
         return self.say(Message.from_json(saved["say"]))
 
-    def _alone(self, steps: _Steps, stream: Callable[[str], None] | None) -> Turn:
-        found = _finish([(self, steps)], stream)[0]
+    def _alone(self, steps: Steps, stream: Callable[[str], None] | None) -> Turn:
+        found = finish([steps], self._assistant, self._sampling, stream)[0]
         if isinstance(found, Exception):
             raise found
         return found
 
-    def _turn(
-        self,
-        saved: dict[str, Any],
-        message: str,
-        request: Request,
-        notes: list[str],
-        vector: np.ndarray | None = None,
-        current: str | None = None,
-        candidates: Sequence[str] | None = None,
-    ) -> _Steps:
-        before = self._context, self._state
-        clock = _Clock()
+    @contextlib.contextmanager
+    def _change(self, saved: dict[str, Any], notes: list[str], current: str | None) -> Iterator[list[Turn]]:
+        """What happens within makes a turn, which is put into the list; or else it has not been."""
+        before, made = (self._context, self._state), list[Turn]()
         try:
             if current is not None:
                 self._state = dataclasses.replace(self._state, current=current)
             if self._state.positions[0] + LONGEST_MESSAGE + 512 > LONGEST_CONTEXT:
                 self._forget()
                 notes.append("The conversation has become too long; what was said before is forgotten.")
-            turn = yield from self._answer(message, request, notes, vector, candidates, clock)
-        except BaseException:  # an interrupt too, which closes what is under way: the turn has not been
+            yield made
+        except BaseException:  # an interrupt too, which closes what is under way
             self._context, self._state = before
             self._rewind()
             raise
         self._before.append(before)
         self._requests.append(saved)
-        self.turns.append(turn)
-        return turn
+        self.turns += made
 
     def _forget(self) -> None:
         """A new context; what was found stays."""
@@ -261,10 +299,9 @@ class Session:
         notes: list[str],
         vector: np.ndarray | None,
         candidates: Sequence[str] | None,
-        clock: "_Clock",
-    ) -> _Steps:
+    ) -> Steps:
         """Answers; leaves in `_state` what the next turn begins with."""
-        state, language = self._state, language_of(message)
+        state, language, clock = self._state, language_of(message), Clock()
         listed = {ranked.number: ranked.id for ranked in state.ranking}
         current = state.current
         if request.number is not None and request.number in listed:
@@ -300,8 +337,8 @@ class Session:
         request: Request,
         vector: np.ndarray | None,
         candidates: Sequence[str] | None,
-        clock: "_Clock",
-    ) -> _Steps:
+        clock: Clock,
+    ) -> Steps:
         state, assistant = self._state, self._assistant
         beside = frozenset([state.current] if state.current and (request.rejects or request.similar) else [])
         rejected = (state.rejected | beside if request.rejects else state.rejected) if beside else frozenset()
@@ -338,7 +375,7 @@ class Session:
             number=ranking[0].number if fits else None,
             fixed=None if fits else grammar.NOTHING_FITS[language],
         )
-        text = yield from _written(answer, clock)
+        text = yield from self._written(answer, clock)
         video = ranking[0].id if fits else None
         self._keep(asked=asked, rejected=rejected, ranking=ranking, current=video, moment=None)
         evidence = self._evidence(self._corpus.read(video), vector) if video else ()
@@ -350,21 +387,19 @@ class Session:
         language: str,
         video: str,
         after: bool,
-        clock: "_Clock",
-    ) -> _Steps:
+        clock: Clock,
+    ) -> Steps:
         state, assistant = self._state, self._assistant
-        record = self._corpus.read(video)
-        number = next((ranked.number for ranked in state.ranking if ranked.id == video), 1)
-        times = tuple(record.times.tolist())
-        self._read(prompt.PromptTurn(message, None, Intent.MOMENT, language, (number,), times), [video])
+        record, asked = self._corpus.read(video), self._about(message, language, video)
+        self._read(asked, [video])
         clock.lap("read")
         begins = state.moment.end if after and state.moment and state.moment.video == video else 0.0
         vector = assistant.embed(prompt.retrieval_query([message]))
         duration = self._corpus.video(video).duration
         span, score = assistant.moment(self._context, record, duration, vector, begins)
         clock.lap("rank")
-        answer = grammar.Answer(assistant.grammar, language, number=number, span=span)
-        text = yield from _written(answer, clock)
+        answer = grammar.Answer(assistant.grammar, language, number=asked.numbers[0], span=span)
+        text = yield from self._written(answer, clock)
         moment = Moment(video, *span, score)
         self._keep(current=video, moment=moment)
         evidence = self._evidence(record, vector, span)
@@ -372,16 +407,22 @@ class Session:
             message, Intent.MOMENT, language, state.ranking, video=video, moment=moment, text=text, evidence=evidence
         )
 
+    def _about(self, message: str, language: str, video: str) -> prompt.PromptTurn:
+        """A question about a video, which has the number under which it was shown last."""
+        number = next((ranked.number for ranked in self._state.ranking if ranked.id == video), 1)
+        times = tuple(self._corpus.read(video).times.tolist())
+        return prompt.PromptTurn(message, None, Intent.MOMENT, language, (number,), times)
+
     def _talk(
         self,
         message: str,
         language: str,
-        clock: "_Clock",
+        clock: Clock,
         fixed: str | None = None,
-    ) -> _Steps:
+    ) -> Steps:
         self._read(prompt.PromptTurn(message, None, Intent.CHAT, language), [])
         clock.lap("read")
-        text = yield from _written(grammar.Answer(self._assistant.grammar, language, fixed=fixed), clock)
+        text = yield from self._written(grammar.Answer(self._assistant.grammar, language, fixed=fixed), clock)
         self._keep()
         return Turn(message, Intent.CHAT, language, self._state.ranking, video=self._state.current, text=text)
 
@@ -391,8 +432,8 @@ class Session:
         language: str,
         number: int | None,
         notes: list[str],
-        clock: "_Clock",
-    ) -> _Steps:
+        clock: Clock,
+    ) -> Steps:
         """The current video is another one of the list."""
         name = next(ranked.id for ranked in self._state.ranking if ranked.number == number)
         title = prompt.as_text(self._corpus.video(name).title)
@@ -410,6 +451,11 @@ class Session:
         )
         self._state = dataclasses.replace(state, prompts=state.prompts + 1, blocks=blocks)
         return keys, there
+
+    def _written(self, answer: grammar.Answer, clock: Clock) -> Generator[tuple[Context, grammar.Answer], None, str]:
+        yield self._context, answer
+        clock.lap("write")
+        return answer.text.strip()
 
     def _keep(self, **changes: Any) -> None:
         here = self._context
@@ -438,56 +484,5 @@ def say_together(sessions: Sequence[Session], messages: Sequence[Message]) -> li
     Returns:
       of each its turn, or why there is none, one of REFUSED; the others go on.
     """
-    return _finish([(session, session._said(message)) for session, message in zip(sessions, messages, strict=True)])
-
-
-def _finish(
-    turns: Sequence[tuple[Session, _Steps]], stream: Callable[[str], None] | None = None
-) -> list[Turn | Exception]:
-    """Carries out a turn of each session. `stream` is given the pieces of the first answer."""
-    with contextlib.ExitStack() as stack:
-        for _, steps in turns:
-            stack.callback(steps.close)  # an interrupt takes back what is under way
-        found: list[Any] = [_step(steps) for _, steps in turns]
-        writing = [place for place, each in enumerate(found) if not isinstance(each, Turn | Exception)]
-        if writing:
-            session, answers, given = turns[0][0], [found[place] for place in writing], 0
-            contexts, barred = [turns[place][0]._context for place in writing], session._assistant.grammar.barred
-            for _ in session._assistant.engine.write_together(contexts, answers, barred, session._sampling):
-                ready = answers[0].text.rstrip("\ufffd")  # the rest of a character may come with the next token
-                if stream is not None and len(ready) > given:
-                    stream(ready[given:])
-                    given = len(ready)
-        for place in writing:
-            found[place] = _step(turns[place][1])
-    return found
-
-
-def _step(steps: _Steps) -> grammar.Answer | Turn | Exception:
-    """Goes on with a turn: to the answer that is to be written, to its end, or to what it is refused with."""
-    try:
-        return next(steps)
-    except StopIteration as end:
-        return end.value
-    except REFUSED as error:
-        return error
-
-
-def _written(answer: grammar.Answer, clock: "_Clock") -> Generator[grammar.Answer, None, str]:
-    yield answer
-    clock.lap("write")
-    return answer.text.strip()
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Ends a stage."""
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+    turns = [session._said(message) for session, message in zip(sessions, messages, strict=True)]
+    return finish(turns, sessions[0]._assistant, sessions[0]._sampling)

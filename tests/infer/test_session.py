@@ -24,6 +24,7 @@ from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.infer.engine import Sampling
 from ivcr_jax.infer.session import Session
+from ivcr_jax.infer.turn import Message
 from tests.infer.conftest import FRAMES, IDS, write_export
 from tests.models.conftest import close
 
@@ -255,6 +256,59 @@ def test_filters_hold_throughout(helper, corpus):
         assert {corpus.video(ranked.id).source for ranked in conversation.say(message).ranking} == {"cooking"}
     again, _ = Session.load(helper, corpus, conversation.to_json())
     assert again.turns == conversation.turns
+
+
+def test_a_turn_held_elsewhere_is_read_as_one_held_here(helper, corpus, monkeypatch):
+    """Told the turns of a conversation, another one stands where that one stands, and goes on as it does."""
+    real, answers = grammar.Answer, ["The best match is video 2.", "It is in video 2 at 1.0s-2.0s.", "你好。"]
+    left = iter(answers)
+    monkeypatch.setattr(grammar, "Answer", lambda of, language, **_: real(of, language, fixed=next(left)))
+    messages = (
+        Message("A fish swims.", Intent.VIDEO, tuple(IDS[1:])),
+        Message("When does it turn?", Intent.MOMENT),
+        Message("你好", Intent.CHAT),
+    )
+    held, told = Session(helper, corpus), Session(helper, corpus)
+    turns = [held.say(message) for message in messages]
+    monkeypatch.setattr(grammar, "Answer", real)
+    spans = (None, (turns[1].moment.start, turns[1].moment.end), None)
+    for message, answer, turn, span in zip(messages, answers, turns, spans, strict=True):
+        found = told.tell(message, answer, turn.video, span)
+        assert (found.intent, found.text, found.video) == (turn.intent, answer, turn.video)
+        assert {ranked.number: ranked.id for ranked in found.ranking} == dict(enumerate(IDS[1:], 1))
+    assert told._context.lengths == held._context.lengths and told._context.positions == held._context.positions
+    close(told._context.hidden, held._context.hidden, 1e-5)
+    for message in ("the second one", "And after that?", "Not this one, a red one."):
+        one, other = told.say(message), held.say(message)
+        assert (one.intent, one.video, one.text, one.moment and one.moment.video) == (
+            other.intent, other.video, other.text, other.moment and other.moment.video
+        )  # fmt: skip
+        numbered = [{ranked.number: ranked.id for ranked in turn.ranking} for turn in (one, other)]
+        assert numbered[0] == numbered[1] and len(numbered[0]) == 3
+    for kind in ("score", "first"):  # of the last, a search
+        close(*([getattr(ranked, kind) for ranked in turn.ranking] for turn in (one, other)), 1e-5)
+    again, differ = Session.load(helper, corpus, told.to_json())
+    assert again.turns == told.turns and differ == []
+    while told.turns:
+        told.undo()
+    assert told.say(messages[0]) == Session(helper, corpus).say(messages[0])
+
+
+@pytest.mark.parametrize(
+    ("message", "video"),
+    [
+        (Message("A fish.", None), "d"),
+        (Message("A fish.", Intent.VIDEO), "d"),
+        (Message("When?", Intent.MOMENT), None),
+    ],
+)
+def test_of_a_turn_held_elsewhere_all_must_be_known(message, video, helper, corpus):
+    conversation = Session(helper, corpus)
+    with pytest.raises(ValueError, match="tell: expected an intent, candidates for a search"):
+        conversation.tell(message, "Video 1.", video)
+    with pytest.raises(ValueError, match="nowhere"):
+        conversation.tell(Message("When?", Intent.MOMENT), "Video 1.", "nowhere")
+    assert conversation.turns == []
 
 
 # What does not go
