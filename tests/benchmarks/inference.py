@@ -54,6 +54,7 @@ BATCHES = (1, 8)
 WRITTEN, PROMPT, PREFILL = 32, 16, 512  # tokens
 LLAMA = LlamaConfig(vocab_size=32000, added_tokens=0, width=512, layers=8, heads=8, kv_heads=8, mlp_width=1408)
 SMALL = LlamaConfig(width=256, layers=4, heads=4, kv_heads=4, mlp_width=704)
+WIDE = LlamaConfig(width=1024, layers=4, heads=16, kv_heads=16, mlp_width=2816)
 VIT = ViTConfig(image_size=32, patch_size=16, width=32, layers=1, heads=2, mlp_width=64, map_head=True)
 QFORMER = QFormerConfig(queries=16, width=32, layers=1, heads=2, mlp_width=64, cross_every=1, vocab_size=0, max_text=0)
 FRAMES, VIDEOS = 16, 12
@@ -243,6 +244,7 @@ class Talk:
     def rerank(self, rounds: int) -> dict[str, Any]:
         """A search among ten, whose blocks are at hand or not."""
         found: dict[str, Any] = {}
+        self.frames = 0
         seconds: dict[str, list[tuple[float, float]]] = {"at hand": [], "not at hand": []}
         for number in range(rounds + 1):
             for name, taken in seconds.items():
@@ -323,10 +325,10 @@ def main(argv: list[str]) -> None:
             "decode": lambda: decode(rounds),
             "prefill": lambda: prefill(rounds),
             "start": lambda: start(folder / "start", rounds),
-            # What grows is attention, and the narrower the decoder, the larger its share: here and as wide as `decode`.
+            # What grows is attention, and the narrower the decoder, the larger its share.
             "turns": lambda: {
-                f"width {SMALL.width}": talk().turns(rounds),
-                f"width {LLAMA.width}": Talk(folder / "wide", LLAMA).turns(rounds),
+                f"width {llama.width}": Talk(folder / str(llama.width), llama).turns(rounds)
+                for llama in (SMALL, WIDE)
             },
             "rerank": lambda: talk().rerank(rounds),
             "batch": lambda: talk().batch(rounds),
