@@ -327,8 +327,7 @@ def main(argv: list[str]) -> None:
             "start": lambda: start(folder / "start", rounds),
             # What grows is attention, and the narrower the decoder, the larger its share.
             "turns": lambda: {
-                f"width {llama.width}": Talk(folder / str(llama.width), llama).turns(rounds)
-                for llama in (SMALL, WIDE)
+                f"width {llama.width}": Talk(folder / str(llama.width), llama).turns(rounds) for llama in (SMALL, WIDE)
             },
             "rerank": lambda: talk().rerank(rounds),
             "batch": lambda: talk().batch(rounds),
