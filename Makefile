@@ -42,6 +42,7 @@ benchmark: install
 	$(BIN)/python -m tests.benchmarks.convert --layers=4
 	$(BIN)/python -m tests.benchmarks.scheme
 	$(BIN)/python -m tests.benchmarks.search
+	$(BIN)/python -m tests.benchmarks.metrics
 	$(BIN)/python -m tests.benchmarks.inference
 
 learning: install

@@ -102,7 +102,8 @@ def language_of(text: str) -> str:
 # The number of the video in an answer. "video 3" is what the released code parses (its regex admits
 # 1-10 only), "3rd video" what the 2024 figures show; the Chinese forms are ours.
 _VIDEO_NUMBER = re.compile(
-    r"\bvideo\s+(?:number\s+)?(\d+)\b|\b(\d+)(?:st|nd|rd|th)\s+video\b|视频\s*(\d+)|第\s*(\d+)\s*个?\s*视频",
+    r"\bvideo\s+(?:number\s+)?(\d{1,9})\b|\b(\d{1,9})(?:st|nd|rd|th)\s+video\b"
+    r"|视频\s*(\d{1,9})(?!\d)|第\s*(\d{1,9})\s*个?\s*视频",
     re.IGNORECASE,
 )
 

@@ -53,6 +53,8 @@ def test_language(text, language):
         ("是第4个视频。", 4, "是第12个视频。"),
         ("The videos are nice.", None, "The videos are nice."),
         ("videotape 3", None, "videotape 3"),
+        ("video " + "3" * 5000, None, "video " + "3" * 5000),
+        ("视频" + "3" * 5000, None, "视频" + "3" * 5000),
     ],
 )
 def test_video_number_is_found_and_replaced(answer, number, as_twelve):
