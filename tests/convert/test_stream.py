@@ -222,6 +222,7 @@ import os, pathlib, signal, sys, time
 import numpy as np
 from ivcr_jax.convert import stream
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
 stream.PIECE = 64
 original = stream._LazyHandler._finish
 
