@@ -1,7 +1,7 @@
 """Constrained answers: the number of the video and the times in them are the heads' own, well-formed and once.
 
-The model writes freely, but no digit: where it would write one, the number stands there that the rank head chose, and
-after it the times that the moment head chose. If it comes to its end without, a sentence with them is written for it.
+The model writes freely, but no digit: where it would write one, or has written "video ", the number stands there that the
+rank head chose, and after it the times that the moment head chose. If it comes to its end without, a sentence with them is written for it.
 So `dialogue.video_number` and `span` always find what the heads said, whatever the weights. An answer of plain talk is
 not constrained. It knows a tokenizer and strings.
 """
@@ -18,6 +18,9 @@ from ivcr_jax.data.tokenizer import Tokenizer
 
 # What may stand before the number of a video, at the end of what is written so far; see `dialogue.video_number`.
 _BEFORE_NUMBER = re.compile(r"(?:\bvideo\s+(?:number\s+)?|视频\s*|第\s*)$", re.IGNORECASE)
+# After this nothing else can: text would bring its own space. In the isolated layout a model never learns that digit, so
+# it has no wish for one.
+_AWAITS_NUMBER = re.compile(r"(?:\bvideo|视频)\s+$", re.IGNORECASE)
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)s-(\d+(?:\.\d+)?)s")
 # Said where the model does not come to it by itself.
 _NUMBER = {"en": " The best match is video {n}.", "zh": "最符合的是视频 {n}。"}
@@ -115,7 +118,9 @@ class Answer:
     def _next(self, free: int, barred: int) -> int:
         end = self._tokenizer.eos_id
         special = free in self._tokenizer.ids.values()  # one that is not the end belongs into no answer: it ends there
-        if special or len(self._ids) >= self._limit:
+        if self._number is not None and _AWAITS_NUMBER.search(self.text):
+            self._queue.extend(self._continued(str(self._number)))
+        elif special or len(self._ids) >= self._limit:
             self._queue.extend([*self._missing(), end])
         elif self._number is None or not self._grammar.digits[free]:
             return free

@@ -69,6 +69,17 @@ def test_numbers_are_the_heads(demo, number, span, wish, expected):
     assert video_number(found)[0] == number and grammar.span(found) == span
 
 
+@pytest.mark.parametrize("wish", ["The best match is video 3. Good.", "最符合的是视频 3。好"])
+def test_a_model_need_not_wish_for_the_number(demo, wish):
+    """In the isolated layout it has not learnt that digit, and wishes for anything there."""
+    ids = wished(demo.tokenizer, wish)
+    place = next(place for place, token in enumerate(ids) if demo.digits[token])
+    for other in (*demo.tokenizer.encode("x")[-1:], demo.tokenizer.eos_id, demo.tokenizer.ids["<VIDEO>"]):
+        answer = Answer(demo, "en", number=12)
+        assert run(answer, demo, [*ids[:place], other, *ids[place + 1 :]]) == wish.replace("3", "12")
+    assert run(Answer(demo, "en"), demo, ids) == wish, "talk is free"
+
+
 def test_talk_is_free(demo):
     text = "Here are some points: 1. Opening. 2. Main part."
     assert run(Answer(demo, "en"), demo, wished(demo.tokenizer, text)) == text
