@@ -1,8 +1,8 @@
 """Constrained answers: the number of the video and the times in them are the heads' own, well-formed and once.
 
-The model writes freely, but no digit: where it would write one, or has written "video ", the number stands there that the
-rank head chose, and after it the times that the moment head chose. If it comes to its end without, a sentence with them is written for it.
-So `dialogue.video_number` and `span` always find what the heads said, whatever the weights. An answer of plain talk is
+The model writes freely, but no digit: where it would write one, or has come to a video's number, that stands there
+which the rank head chose, and after it the times that the moment head chose. If it comes to its end without, a sentence
+with them is written for it. So `dialogue.video_number` and `span` always find what the heads said, whatever the weights. An answer of plain talk is
 not constrained. It knows a tokenizer and strings.
 """
 
@@ -18,8 +18,8 @@ from ivcr_jax.data.tokenizer import Tokenizer
 
 # What may stand before the number of a video, at the end of what is written so far; see `dialogue.video_number`.
 _BEFORE_NUMBER = re.compile(r"(?:\bvideo\s+(?:number\s+)?|视频\s*|第\s*)$", re.IGNORECASE)
-# After this nothing else can: text would bring its own space. In the isolated layout a model never learns that digit, so
-# it has no wish for one.
+# After this nothing else can: text would bring its own space. In the isolated layout a model does not learn that digit,
+# so it has no wish for one.
 _AWAITS_NUMBER = re.compile(r"(?:\bvideo|视频)\s+$", re.IGNORECASE)
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)s-(\d+(?:\.\d+)?)s")
 # Said where the model does not come to it by itself.
