@@ -2,8 +2,8 @@
 
 The model writes freely, but no digit: where it would write one, or has come to a video's number, that stands there
 which the rank head chose, and after it the times that the moment head chose. If it comes to its end without, a sentence
-with them is written for it. So `dialogue.video_number` and `span` always find what the heads said, whatever the weights. An answer of plain talk is
-not constrained. It knows a tokenizer and strings.
+with them is written for it. So `dialogue.video_number` and `span` always find what the heads said, whatever the
+weights. An answer of plain talk is not constrained. It knows a tokenizer and strings.
 """
 
 import collections
