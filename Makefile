@@ -13,7 +13,7 @@ $(VENV)/installed: setup.py
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v.major}.{v.minor} found; expected 3.11 to 3.13: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[build,convert,dev]'
+	$(BIN)/pip install --quiet --editable '.[build,convert,dev,eval]'
 	touch $@
 
 test: install lint

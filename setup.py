@@ -41,6 +41,8 @@ EXTRAS = {
     # The ordinary `tfds build` imports TensorFlow and Beam; our own entry point needs neither.
     # mlcroissant: the command imports it without TFDS declaring it.
     "build": ["apache-beam==2.77.0", "mlcroissant==1.1.1", "tensorflow-cpu==2.21.0"],
+    # BLEU and the report's plots.
+    "eval": ["matplotlib==3.11.2", "sacrebleu==2.6.0"],
     "dev": [
         "dill==0.4.1",  # tfds.testing imports it without declaring it; the version Beam asks for
         "faiss-cpu==1.15.1",  # the peer of tests/benchmarks/search.py
@@ -51,7 +53,9 @@ EXTRAS = {
         "mypy==2.4.1",
         "pytest==9.2.0",
         "pytest-xdist==3.8.0",
+        "ranx==0.3.21",  # with scipy, the truth for tests/metrics
         "ruff==0.17.6",
+        "scipy==1.17.1",
         "transformers==5.23.0",
     ],
 }
@@ -65,7 +69,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["ivcr_jax*", "tfds_builder*", "configs*"]),
-    package_data={"tfds_builder": ["*/README.md", "*/CITATIONS.bib", "*/TAGS.txt", "*/checksums.tsv"]},
+    package_data={
+        "ivcr_jax": ["metrics/*.txt"],
+        "tfds_builder": ["*/README.md", "*/CITATIONS.bib", "*/TAGS.txt", "*/checksums.tsv"],
+    },
     install_requires=RUNTIME,
     extras_require=EXTRAS,
 )

@@ -12,9 +12,8 @@ import numpy as np
 
 from ivcr_jax.data.dialogue import LANGUAGES
 from ivcr_jax.losses import LossConfig
-
-RECALLS = (1, 5, 10)
-IOUS = (0.3, 0.5, 0.7)
+from ivcr_jax.metrics.moment import IOUS, interval_iou
+from ivcr_jax.metrics.retrieval import RECALLS, ranks
 
 
 class Query(NamedTuple):
@@ -83,21 +82,20 @@ class Validation:
             )
         queries = [query for query in self.queries if query.video in self.videos]
         if queries:
-            ranks = self._ranks(queries)
+            places = self._ranks(queries)
             for recall in RECALLS:
-                hits = [(query.language, float(rank < recall)) for query, rank in zip(queries, ranks, strict=True)]
+                hits = [(query.language, float(place <= recall)) for query, place in zip(queries, places, strict=True)]
                 found |= by_language(f"retrieval_r{recall}", hits)
             found["retrieval_pool"] = float(len(self.videos))
         counted = {"ranked_turns": len(self._right), "moments": len(self._ious), "queries": len(queries)}
         return found | {name: float(count) for name, count in counted.items() if count}
 
     def _ranks(self, queries: list[Query]) -> np.ndarray:
-        """i64: how many videos are nearer to each query than the one it asks for; ties count against it."""
+        """i64: the place, from 1, of the video that each query asks for; ties count against it."""
         numbers = sorted(self.videos)
         place = {number: index for index, number in enumerate(numbers)}
         scores = np.stack([query.vector for query in queries]) @ np.stack([self.videos[number] for number in numbers]).T
-        own = np.array([place[query.video] for query in queries])
-        return (scores >= scores[np.arange(len(own)), own][:, None]).sum(1) - 1
+        return ranks(scores, np.array([place[query.video] for query in queries]))
 
 
 def names(config: LossConfig) -> set[str]:
@@ -119,11 +117,3 @@ def by_language(name: str, rows: Iterable[tuple[int, float]]) -> dict[str, float
         groups[name].append(value)
         groups[f"{name}_{LANGUAGES[language]}"].append(value)
     return {group: float(np.mean(values)) for group, values in groups.items()}
-
-
-def interval_iou(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """IoU of spans f32[N, 2] in seconds: f32[N]; 0 where both are empty."""
-    overlap = np.minimum(found[:, 1], wanted[:, 1]) - np.maximum(found[:, 0], wanted[:, 0])
-    overlap = np.maximum(overlap, 0)
-    union = (found[:, 1] - found[:, 0]) + (wanted[:, 1] - wanted[:, 0]) - overlap
-    return overlap / np.maximum(union, 1e-9)

@@ -7,22 +7,19 @@ what it was made from, then one of each dialogue in FILE's order. A run that is 
 where it was, and in the end the file is, byte for byte, that of a run that was not. docs/inference.md says more.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
 from etils import epath
 from tqdm import tqdm
 
-from ivcr_jax import bundle, card, command
+from ivcr_jax import bundle, card, command, lines
 from ivcr_jax.config import listed
 from ivcr_jax.infer import terminal
 from ivcr_jax.infer.assistant import Assistant
@@ -124,14 +121,21 @@ def generate(
         "results": VERSION,
         "export": opened.fingerprint,
         "fits": card.threshold(export),  # the fingerprint leaves the card out
-        "corpus": _contents(opened),
+        "corpus": contents(opened),
         "dialogues": hashlib.sha256(data).hexdigest(),
         "candidates": candidates,
         **dataclasses.asdict(sampling),
         "batch": batch,
         "dtype": dtype,
     }
-    with _results(out, header, scripts) as (file, rows):
+
+    def parse(row: Any, number: int) -> dict[str, Any]:
+        expected = scripts[number - 2].id if number - 2 < len(scripts) else None
+        if row["id"] != expected:
+            raise ValueError(f"found the dialogue {row['id']!r}, expected {expected!r}")
+        return row
+
+    with lines.growing(out, header, "results", parse) as (append, rows):
         if len(rows) == len(scripts):
             return _failed(rows)
         assistant = Assistant(export, compute=Compute(dtype=dtype))
@@ -141,8 +145,7 @@ def generate(
                 group = scripts[first : first + batch]
                 sessions = [Session(assistant, opened, candidates=candidates, sampling=sampling) for _ in group]
                 for row in _converse(sessions, group)[len(rows) - first :]:
-                    file.write(_line(row))
-                    file.flush()
+                    append(row)
                     rows.append(row)
                     progress.update()
     return _failed(rows)
@@ -179,67 +182,10 @@ def _check_videos(scripts: Sequence[Script], corpus: Corpus, file: str) -> None:
                 )
 
 
-def _contents(corpus: Corpus) -> str:
+def contents(corpus: Corpus) -> str:
     """A fingerprint of what of a corpus an answer can depend on."""
     values = [[video.id, video.title, video.duration, video.record] for video in corpus.videos]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _results(
-    out: str, header: dict[str, Any], scripts: Sequence[Script]
-) -> Iterator[tuple[BinaryIO, list[dict[str, Any]]]]:
-    """The file of results, to write behind its last whole line, and the rows that are in it. Raises as `generate`."""
-    path = os.path.expanduser(out)
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{out}: found no folder {folder}, expected one")
-    if os.path.isdir(path):
-        raise ValueError(f"{out}: found a folder, expected results or nothing")
-    with open(path, "ab+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process writes to it; expected to be the only one") from None
-        file.seek(0)
-        data = file.read()
-        size = data.rfind(b"\n") + 1  # a run that was killed may have left half a line
-        if not size and not _line(header).startswith(data):
-            raise ValueError(f"{out}: found another file, expected results or nothing")
-        rows = _rows(data[:size], out, header, scripts) if size else []
-        file.truncate(size)
-        if not size:
-            file.write(_line(header))
-            file.flush()
-        yield file, rows
-
-
-def _rows(data: bytes, out: str, header: dict[str, Any], scripts: Sequence[Script]) -> list[dict[str, Any]]:
-    lines = []
-    for number, line in enumerate(data.splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            found = "another file" if number == 1 else f"what is no JSON in line {number}"
-            raise ValueError(f"{out}: found {found}, expected results or nothing") from None
-    before, rows = lines[0], lines[1:]
-    if not isinstance(before, dict) or "results" not in before:
-        raise ValueError(f"{out}: found another file, expected results or nothing")
-    if other := [name for name in header if before.get(name) != header[name]]:
-        changed = [f"{name} {_short(before.get(name))} and not {_short(header[name])}" for name in other]
-        raise ValueError(f"{out}: was made with {listed(changed)}; expected the same, or a new file")
-    for number, (row, script) in enumerate(zip(rows, scripts, strict=False), 2):
-        if row["id"] != script.id:
-            raise ValueError(f"{out}: line {number}: found the dialogue {row['id']!r}, expected {script.id!r}")
-    return rows
-
-
-def _line(values: dict[str, Any]) -> bytes:
-    return json.dumps(values).encode() + b"\n"
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
 
 
 def _failed(rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -94,6 +94,11 @@ class Session:
         """The id of the current video."""
         return self._state.current
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The messages that the last search went by."""
+        return self._state.asked
+
     def say(self, message: str | Message, stream: Callable[[str], None] | None = None) -> Turn:
         """Answers a message.
 

@@ -30,6 +30,7 @@ from ivcr_jax.checkpoint import Checkpoints
 from ivcr_jax.config import from_dict
 from ivcr_jax.data import compose, synth
 from ivcr_jax.data.dialogue import LANGUAGES
+from ivcr_jax.metrics import moment
 from ivcr_jax.sharding import make_mesh
 from ivcr_jax.training import Program, TrainConfig
 from tfds_builder.build import build
@@ -106,8 +107,8 @@ def measure(config: TrainConfig, workdir: pathlib.Path, out: pathlib.Path, train
 def constants(moments: np.ndarray) -> dict[str, float]:
     """The best that one answer to all questions has, f32[N, 2] in shares of the duration; for each figure another."""
     grid = [np.array([[start, end]]) / 20 for start in range(20) for end in range(start + 1, 21)]
-    found = np.stack([validation.interval_iou(span, moments) for span in grid])
-    bars = {f"near_moment_r1_iou_{bar}_constant": float((found >= bar).mean(1).max()) for bar in validation.IOUS}
+    found = np.stack([moment.interval_iou(span, moments) for span in grid])
+    bars = {f"near_moment_r1_iou_{bar}_constant": float((found >= bar).mean(1).max()) for bar in moment.IOUS}
     return bars | {"near_moment_miou_constant": float(found.mean(1).max())}
 
 

@@ -22,6 +22,7 @@ from ivcr_jax.infer.engine import Sampling
 from ivcr_jax.infer.generate import generate, read_scripts
 from ivcr_jax.infer.session import Session
 from ivcr_jax.infer.turn import Message
+from ivcr_jax.lines import growing
 from tests.infer.conftest import IDS, write_export
 from tests.models.conftest import close
 
@@ -169,7 +170,7 @@ def test_results_of_something_else_are_left_alone(run, export, indexed, videos, 
         assert out.read_bytes() == held
     out.write_bytes(whole)
     with (
-        generation._results(str(out), json.loads(whole.splitlines()[0]), read_scripts(lines(talk).encode(), "")),
+        growing(str(out), json.loads(whole.splitlines()[0]), "results", lambda row, number: row),
         pytest.raises(ValueError, match="another process writes to it"),
     ):
         run(talk)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ivcr_jax.losses import LossConfig
-from ivcr_jax.validation import Validation, interval_iou, names
+from ivcr_jax.validation import Validation, names
 
 ROWS, TURNS, CANDIDATES, SLOTS, VIDEOS, WIDTH = 10, 4, 5, 3, 14, 2
 ALL = LossConfig(rank=0.5, contrastive=2.0)
@@ -151,9 +151,3 @@ def test_a_split_without_moments_has_no_metric_of_them(answers):
 def test_every_metric_a_checkpoint_may_be_judged_by_is_found(answers):
     assert names(ALL) <= {*collected(answers, [range(ROWS)])}
     assert "retrieval_r1" not in names(LossConfig()) and "contrastive" not in names(LossConfig())
-
-
-def test_intervals():
-    spans = np.array([[0, 4], [0, 4], [0, 4], [2, 2], [5, 9]], np.float32)
-    wanted = np.array([[0, 4], [2, 6], [4, 6], [2, 2], [6, 7]], np.float32)
-    np.testing.assert_allclose(interval_iou(spans, wanted), [1, 1 / 3, 0, 0, 1 / 4])
