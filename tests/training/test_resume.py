@@ -113,8 +113,8 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(world, undisturbed, run, tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 
     said = finish(start(config, workdir, before=full), 1)
-    # Orbax's threads, whose loop the failure closed, may say so before and after.
-    (last,) = (line for line in said.splitlines() if line.startswith("train: "))
+    # Orbax's threads, whose loop the failure closed, may say so before and after, and within the same line.
+    (last,) = (line for line in said.splitlines() if f"train: {workdir}" in line)
     assert "saving at step 6 failed" in last and "File too large" in last, said[-6000:]
     assert "the newest whole checkpoint is of step 4, and starting again resumes" in last
     assert steps_of(workdir) == [2, 4]
