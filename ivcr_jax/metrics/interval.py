@@ -70,8 +70,8 @@ def draws(clusters: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 def _weights(clusters: int, seed: int) -> Iterator[np.ndarray]:
     """How often each cluster was drawn: blocks i64[b, clusters]."""
     for drawn in draws(clusters, RESAMPLES, seed):
-        rows = np.arange(len(drawn))[:, None] * clusters
-        yield np.bincount((drawn + rows).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.int32)
+        drawn += np.arange(len(drawn))[:, None] * clusters
+        yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
 
 def _counted(clusters: np.ndarray) -> tuple[np.ndarray, int]:
@@ -134,18 +134,19 @@ def _sorted(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _quantiles(ordered: np.ndarray, own: np.ndarray, shares: Sequence[float], weights: np.ndarray) -> np.ndarray:
-    """Quantiles in each resample of i32[b, clusters] weights: f64[b, shares], NaN where it has no value."""
-    found = np.full((len(weights), len(shares)), np.nan)
+    """Quantiles in each resample of i64[b, clusters] weights: f64[b, shares], NaN where it has no value."""
+    found = []
     most = max(1, _AT_ONCE // len(ordered))
     for first in range(0, len(weights), most):
         # How many of a resample's values come up to each one.
         reached = np.cumsum(np.take(weights[first : first + most], own, 1), 1, np.int32)
-        for row, upto in enumerate(reached, first):
-            if upto[-1]:
-                places = (upto[-1] - 1) * np.array(shares)
-                below, above = (ordered[np.searchsorted(upto, edge(places), "right")] for edge in (np.floor, np.ceil))
-                found[row] = below + (places - np.floor(places)) * (above - below)
-    return found
+        places = np.maximum(reached[:, -1:] - 1, 0) * np.array(shares)
+        edges = np.concatenate([np.floor(places), np.ceil(places)], 1).astype(np.int32)
+        values = np.stack([row.searchsorted(edge, "right") for row, edge in zip(reached, edges, strict=True)])
+        below, above = np.split(ordered[np.minimum(values, len(ordered) - 1)], 2, 1)
+        some = below + (places - np.floor(places)) * (above - below)
+        found.append(np.where(reached[:, -1:] > 0, some, np.nan))
+    return np.concatenate(found)
 
 
 def _cell(value: float, resampled: list[np.ndarray], clusters: np.ndarray) -> Cell:
