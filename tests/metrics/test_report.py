@@ -32,7 +32,7 @@ SMALL = Summary(
 @pytest.fixture(scope="module")
 def made(fewer_resamples):
     """A report of three protocols; corpora with names that are long, alike, odd, or Chinese."""
-    corpora = ("ActivityNet", "电影", "a_long_folder_1_name", "a_long_folder_2_name", "$x_1$")
+    corpora = ("ActivityNet", "电影", "a_long_folder_1_name", "a_long_folder_2_name", r"$\frac$")
     dialogues = made_up.split(60, corpora=corpora)
     corpus = sorted({video for dialogue in dialogues for video in dialogue.videos})
     summaries, problems = {}, {}
