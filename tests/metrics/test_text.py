@@ -79,7 +79,7 @@ class Endpoint(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.asked, self.tried, self.now, self.most = [], {}, 0, 0
+        self.asked, self.tried, self.now, self.most, self.delay = [], {}, 0, 0, 0.0
         self.lock = threading.Lock()
 
     def handle_error(self, request, client_address):
@@ -102,6 +102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.now -= 1
 
     def do(self, answer, tried):
+        time.sleep(self.server.delay)
         word, _, rest = answer.partition(" ")
         if word == "busy" and tried <= int(rest):
             self.reply(503, "later")
@@ -180,6 +181,7 @@ def test_no_key_is_sent_where_there_is_none(endpoint):
 def test_scores_keep_the_order_of_turns_and_workers_are_few(endpoint):
     answers = [f'say  {{"score": {number % 6}}}{" " * number}' for number in range(40)]
     answers[3] = "sleep 0.2"
+    endpoint.delay = 0.02
     found = judged(endpoint, *answers, workers=4)
     assert found.scores.tolist() == [5 if number == 3 else number % 6 for number in range(40)]
     assert found.failures == {} and 1 < endpoint.most <= 4
@@ -191,7 +193,7 @@ def test_scores_keep_the_order_of_turns_and_workers_are_few(endpoint):
         ("busy 9", "HTTP 503", 3),
         ("status 401", "HTTP 401", 1),
         ("status 429", "HTTP 429", 3),
-        ("sleep 0.8", "timeout", 3),
+        ("sleep 3", "timeout", 3),
         ("hang up", "no reply: ", 3),
         ("away", "HTTP 302", 1),
         ("body <html>", "unreadable reply", 1),
@@ -212,7 +214,8 @@ def test_scores_keep_the_order_of_turns_and_workers_are_few(endpoint):
 )
 def test_failures_count_as_0_and_are_named(answer, reason, tries, endpoint, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret-1")
-    found = judged(endpoint, 'say {"score": 3}', answer, key_variable="JUDGE_KEY", timeout=0.3)
+    timeout = 1.0 if answer.startswith("sleep") else 30.0
+    found = judged(endpoint, 'say {"score": 3}', answer, key_variable="JUDGE_KEY", timeout=timeout)
     assert found.scores.tolist() == [3, 0]
     assert found.failures.keys() == {"d1#0"} and found.failures["d1#0"].startswith(reason)
     assert "secret" not in found.failures["d1#0"]
