@@ -417,7 +417,7 @@ def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mappi
 def _restore(path: epath.Path, make: Callable[[], Any], mesh: Any) -> Any:
     definition, state = nnx.split(nnx.eval_shape(make))
     flat = {".".join(map(str, where)): (where, value) for where, value in nnx.to_flat_state(state)}
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     lies = dict.fromkeys(flat, one)
     if mesh is not None:
         placed = nnx.to_flat_state(shardings(state, mesh))

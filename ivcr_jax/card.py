@@ -30,6 +30,12 @@ def write(folder: epath.PathLike, card: Mapping[str, Any]) -> None:
     (folder / README).write_text(render(card), encoding="utf-8")
 
 
+def step(folder: epath.PathLike) -> int | None:
+    """The step of the run that the folder's parameters are of; None where it has no card."""
+    path = epath.Path(folder) / CARD
+    return json.loads(path.read_text(encoding="utf-8"))["run"]["step"] if path.exists() else None
+
+
 def threshold(folder: epath.PathLike) -> float | None:
     """The cosine of the first stage below which nothing fits; None where the folder has no card, or its card none.
 

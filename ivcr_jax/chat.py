@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 from absl import app, flags
 from etils import epath
@@ -27,7 +26,7 @@ from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.infer.engine import GREEDY, Sampling
 from ivcr_jax.infer.session import Session
 from ivcr_jax.infer.steps import REFUSED
-from ivcr_jax.models.layers import Compute
+from ivcr_jax.models.layers import Compute, native_dtype
 
 PROMPT = "> "
 
@@ -101,8 +100,7 @@ def begin(
     allowed = opened.allowed(source, duration)
     if not allowed.any():
         raise ValueError(f"found no video of {duration[0]:g} to {duration[1]:g} s, expected at least one")
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    assistant = Assistant(export, compute=Compute(dtype=dtype))
+    assistant = Assistant(export, compute=Compute(dtype=native_dtype()))
     session = Session(assistant, opened, candidates=candidates, sampling=sampling, allowed=allowed)
     return Console(assistant, opened, session, as_json=as_json), int(allowed.sum())
 

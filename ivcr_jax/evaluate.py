@@ -1,11 +1,12 @@
 """Holds the dialogues of a split with an export, and reports how it did.
 
-    python -m ivcr_jax.evaluate --export=EXPORT --corpus=CORPUS --dialogues=DATA/ivcr200k --out=OUT
-        [--split=test] [--protocols=paper,gold,cascade,e2e]
+    python -m ivcr_jax.evaluate --export=EXPORT|--workdir=RUN --videos=SOURCE/videos|--corpus=CORPUS
+        --dialogues=DATA/ivcr200k --out=OUT [--split=test] [--protocols=paper,gold,cascade,e2e]
 
-CORPUS is of the videos, by `ivcr_jax.index`. OUT gets the predictions of each protocol, report.md with plots, and
-report.json. A run that is stopped goes on where it was. On several hosts each holds its share of the dialogues, and
-the first reports. docs/evaluation.md says what the protocols and figures are.
+Of a run it exports the newest checkpoint. Of a folder of videos it indexes those that the dialogues name; a corpus is
+taken as it is. OUT gets both, the predictions of each protocol, report.md with plots, and report.json. A run that is
+stopped goes on where it was. On several hosts each holds its share of the dialogues, and the first reports.
+docs/evaluation.md says what the protocols and figures are.
 """
 
 import dataclasses
@@ -16,21 +17,21 @@ import jax
 from absl import app, flags
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint.utils import checkpoint_steps
 from tqdm import tqdm
 
-from ivcr_jax import bundle, command, distributed, protocols
+from ivcr_jax import bundle, card, checkpoint, command, distributed, export, index, protocols
 from ivcr_jax.config import listed
 from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
-from ivcr_jax.infer.generate import contents
-from ivcr_jax.metrics import records, report, summary, text
-from ivcr_jax.models.layers import Compute
+from ivcr_jax.metrics import published, records, report, summary, text
+from ivcr_jax.models.layers import Compute, native_dtype
 
 
 def evaluate(
-    export: epath.PathLike,
+    model: epath.PathLike,
     corpus: epath.PathLike,
     dialogues: epath.PathLike,
     out: epath.PathLike,
@@ -39,14 +40,17 @@ def evaluate(
     names: Sequence[str] = protocols.PROTOCOLS,
     candidates: int = 10,
     batch: int = 8,
+    shuffles: int = 4,
     most: int = 0,
 ) -> None:
     """Holds the dialogues by each protocol, and reports. Every process of a job calls it.
 
     Args:
-      export, corpus, dialogues: folders. out: the folder of predictions and report, to begin or to go on with.
+      model, corpus, dialogues: folders, the first of an export.
+      out: the folder of predictions and report, to begin or to go on with.
       split: of the dialogues. names: of the protocols.
       candidates: how many the first stage hands on, where none are given.
+      shuffles: in how many other orders given candidates are ranked besides, where the history is the true one.
       batch: dialogues at once. most: dialogues that are held, the first of the split; 0 is all.
 
     Raises:
@@ -57,7 +61,7 @@ def evaluate(
     """
     if unknown := [name for name in names if name not in protocols.PROTOCOLS]:
         raise ValueError(f"protocols: found {listed(unknown)}, expected some of {listed(protocols.PROTOCOLS)}")
-    opened = Corpus.open(corpus, bundle.fingerprint(export))
+    opened = Corpus.open(corpus, bundle.fingerprint(model))
     store = DialogueStore(dialogues, split)
     everything = [store[number] for number in range(min(len(store), most or len(store)))]
     known = {video.id for video in opened.videos}
@@ -65,23 +69,24 @@ def evaluate(
         raise ValueError(f"{corpus}: found none of the {len(everything)} dialogues' videos whole, expected them there")
     folder = epath.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    assistant = Assistant(export, compute=Compute(dtype=dtype))
+    dtype = native_dtype()
+    assistant = Assistant(model, compute=Compute(dtype=dtype))
     settings = {
-        "corpus": contents(opened),
+        "corpus": opened.digest,
         "fits": assistant.fits,
         "candidates": candidates,
+        "shuffles": shuffles,
         "dtype": dtype,
         "processes": jax.process_count(),
         "dialogues_at_most": most,
     }
     truths: dict[str, list[Dialogue]] = {}
     for name in names:
-        kept = [protocols.of_paper(dialogue) for dialogue in everything] if name == "paper" else everything
+        kept = [published.of_dialogue(dialogue) for dialogue in everything] if name == "paper" else everything
         truths[name] = [dialogue for dialogue in kept if dialogue is not None]
         header = records.Header(name, assistant.fingerprint, store.fingerprint, split, settings)
         own = truths[name][jax.process_index() :: jax.process_count()]
-        _hold(assistant, opened, own, name, _file(folder, name, jax.process_index()), header, candidates, batch)
+        _hold(assistant, opened, own, _file(folder, name, jax.process_index()), header, batch)
     multihost_utils.sync_global_devices("predictions are written")
     if jax.process_index():
         return
@@ -95,7 +100,8 @@ def evaluate(
         ]
         pairs, problems[name] = records.match(held, said, known, given=name != "e2e")
         found = summary.summarise(pairs)
-        words, signatures = text.bleu(pairs)
+        words, signed = text.bleu(pairs)
+        signatures |= signed
         summaries[name] = dataclasses.replace(found, overall=found.overall | words)
     about = {
         "export": assistant.fingerprint[:12],
@@ -109,6 +115,35 @@ def evaluate(
     print((folder / "report.md").read_text())
 
 
+def exported(workdir: epath.PathLike, out: epath.PathLike) -> epath.Path:
+    """The run's newest checkpoint as a model folder below `out`, which is there or is written.
+
+    Raises ValueError where `out` has that of another step, and as `export.export`.
+    """
+    folder, run = epath.Path(out) / "export", epath.Path(workdir)
+    if folder.exists():
+        newest = max(checkpoint_steps(run / checkpoint.FOLDER), default=None)
+        if (there := card.step(folder)) != newest:
+            raise ValueError(f"{folder}: found step {there}, and {workdir} is at {newest}; expected another --out")
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export.export(run, folder)
+    return folder
+
+
+def indexed(
+    model: epath.PathLike, videos: epath.PathLike, dialogues: epath.PathLike, split: str, out: epath.PathLike
+) -> epath.Path:
+    """A corpus below `out` of the videos that the dialogues of a split name. Raises as `index.add`."""
+    folder, store = epath.Path(out) / "corpus", DialogueStore(dialogues, split)
+    named = {video for number in range(len(store)) for video in store[number].videos}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    added = index.add(model, videos, folder, only=named)
+    for problem in added.contents.problems:
+        print(f"{problem.path}: {problem.reason}", file=sys.stderr)
+    return folder
+
+
 def _file(folder: epath.Path, protocol: str, process: int) -> epath.Path:
     return folder / f"predictions-{protocol}-{process}.jsonl"
 
@@ -117,13 +152,12 @@ def _hold(
     assistant: Assistant,
     corpus: Corpus,
     dialogues: Sequence[Dialogue],
-    protocol: str,
     file: epath.Path,
     header: records.Header,
-    candidates: int,
     batch: int,
 ) -> None:
     """Holds the dialogues whose turns are not all in the file."""
+    protocol, settings = header.protocol, header.settings
     with records.growing(str(file), header) as (append, before):
         there = {prediction.id for prediction in before}
         left = [
@@ -134,7 +168,9 @@ def _hold(
         with tqdm(desc=protocol, initial=len(dialogues) - len(left), total=len(dialogues), unit="dialogue") as bar:
             for first in range(0, len(left), batch):
                 group = left[first : first + batch]
-                for found in protocols.hold(assistant, corpus, group, protocol, candidates):
+                for found in protocols.hold(
+                    assistant, corpus, group, protocol, settings["candidates"], settings["shuffles"]
+                ):
                     for prediction in found:
                         if prediction.id not in there:
                             append(prediction)
@@ -149,9 +185,13 @@ def main(argv: list[str]) -> None:
     command.keep_programs(args.cache)
     try:
         distributed.start()
+        if jax.process_count() > 1 and (args.workdir or args.videos):
+            raise ValueError("found --workdir or --videos with several processes, expected --export and --corpus")
+        model = args.export or exported(args.workdir, args.out)
+        corpus = args.corpus or indexed(model, args.videos, args.dialogues, args.split, args.out)
         evaluate(
-            args.export, args.corpus, args.dialogues, args.out, split=args.split, names=args.protocols,
-            candidates=args.candidates, batch=args.batch, most=args.dialogues_at_most,
+            model, corpus, args.dialogues, args.out, split=args.split, names=args.protocols,
+            candidates=args.candidates, batch=args.batch, shuffles=args.shuffles, most=args.dialogues_at_most,
         )  # fmt: skip
     except (ValueError, OSError, CorpusError, DatasetNotFound) as error:
         sys.exit(f"evaluate: {error}")
@@ -161,13 +201,20 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     distributed.define_flags()
-    flags.DEFINE_string("export", None, "A model folder with both models.", required=True)
-    flags.DEFINE_string("corpus", None, "The folder of a corpus of the dialogues' videos, made with it.", required=True)
+    flags.DEFINE_string("export", None, "A model folder with both models.")
+    flags.DEFINE_string("workdir", None, "Or a run, whose newest checkpoint becomes one, OUT/export.")
+    flags.DEFINE_string("corpus", None, "The folder of a corpus, made with the model folder.")
+    flags.DEFINE_string(
+        "videos", None, "Or the folder of videos; those that the dialogues name become one, OUT/corpus."
+    )
+    flags.mark_flags_as_mutual_exclusive(["export", "workdir"], required=True)
+    flags.mark_flags_as_mutual_exclusive(["corpus", "videos"], required=True)
     flags.DEFINE_string("dialogues", None, "The folder of the ivcr200k dataset.", required=True)
     flags.DEFINE_string("out", None, "The folder of predictions and report.", required=True)
     flags.DEFINE_string("split", "test", "Of the dialogues.")
     flags.DEFINE_list("protocols", [*protocols.PROTOCOLS], "By which they are held.")
     flags.DEFINE_integer("candidates", 10, "Videos that the first stage hands on.", lower_bound=1)
+    flags.DEFINE_integer("shuffles", 4, "Other orders in which given candidates are ranked.", lower_bound=0)
     flags.DEFINE_integer("batch", 8, "Dialogues at once.", lower_bound=1)
     flags.DEFINE_integer("dialogues_at_most", 0, "The first of the split; 0 is all.", lower_bound=0)
     flags.DEFINE_string("cache", None, "A folder to keep compiled programs in, so that the next start is fast.")

@@ -36,7 +36,7 @@ from ivcr_jax.infer import corpus as stored
 from ivcr_jax.infer.corpus import Contents, CorpusError, Problem, Record, Video
 from ivcr_jax.infer.embed import Embedder
 from ivcr_jax.infer.verify import verify
-from ivcr_jax.models.layers import Compute
+from ivcr_jax.models.layers import Compute, native_dtype
 from ivcr_jax.sharding import MeshConfig, make_mesh
 
 THUMBNAIL_HEIGHT, THUMBNAIL_QUALITY = 160, 80  # pixels at most; of 1..100
@@ -76,6 +76,7 @@ def add(
     batch: int = 4,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    only: Collection[str] | None = None,
 ) -> Added:
     """Adds every video file below a folder that is new or changed, by size or time of change. For one process.
 
@@ -86,6 +87,7 @@ def add(
       batch: videos at once on each device.
       dtype: of the computation, "bfloat16" or "float32"; None is float32 on a CPU and bfloat16 elsewhere.
       mesh: over whose devices videos and parameters are divided; None is all devices.
+      only: ids of the videos to add; None is all.
 
     Raises:
       CorpusError: the folder holds something else, a corpus of another export or a broken one, or another process
@@ -96,6 +98,11 @@ def add(
     """
     fingerprint, width = bundle.fingerprint(export), _width(export)
     files, troubles, others = _scan(videos)
+    if only is not None and files:
+        every = len(files)
+        files = [file for file in files if file.id in only]
+        if not files:
+            raise ValueError(f"{videos}: found none of {len(only)} videos among its {every}, expected some of them")
     if not files:
         found = f"{others} other files" if others else "nothing"
         raise ValueError(
@@ -107,7 +114,7 @@ def add(
         work = writer.plan(files, troubles)
         if work:
             mesh = make_mesh(MeshConfig()) if mesh is None else mesh
-            dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+            dtype = dtype or native_dtype()
             embedder = Embedder(bundle.load(export, mesh=mesh, compute=Compute(dtype)), mesh, batch)
         try:
             if work:

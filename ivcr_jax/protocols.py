@@ -9,6 +9,7 @@ e2e       the words alone: its own intent, first stage, history and current vide
 
 import contextlib
 import dataclasses
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,40 +23,30 @@ from ivcr_jax.infer.session import Session, say_together
 from ivcr_jax.infer.steps import REFUSED
 from ivcr_jax.infer.turn import Message
 from ivcr_jax.infer.turn import Turn as Said
+from ivcr_jax.metrics import retrieval
 from ivcr_jax.metrics.moment import interval_iou
-from ivcr_jax.metrics.records import Moment, Prediction
+from ivcr_jax.metrics.records import Moment, Prediction, turn_id
 
 PROTOCOLS = ("paper", "gold", "cascade", "e2e")
-LONGEST = 7  # turns of a dialogue that the published scorer looks at
-INDEPENDENT = 7  # the type of a dialogue whose turns do not depend on each other
 HIT = 0.5  # IoU from which a moment is found, for those that follow in a cascade
 EARLIER = "an earlier turn failed"
 
 
-def of_paper(dialogue: Dialogue) -> Dialogue | None:
-    """What of a dialogue the published test set keeps: nothing of plain chat, nothing where the first stage missed the
-    first turn's video; of independent turns those it did not miss."""
-    turns = dialogue.turns
-    if dialogue.type == INDEPENDENT:
-        turns = tuple(turn for turn in turns if turn.intent == Intent.CHAT or _found(turn))
-    else:
-        first = next((turn for turn in turns if turn.intent != Intent.CHAT), None)
-        turns = turns if first is not None and _found(first) else ()
-    return dataclasses.replace(dialogue, turns=turns[:LONGEST]) if turns and dialogue.type else None
-
-
-def _found(turn: Turn) -> bool:
-    return turn.video_id in (turn.candidates[:1] if turn.intent == Intent.MOMENT else turn.candidates)
-
-
 def hold(
-    assistant: Assistant, corpus: Corpus, dialogues: Sequence[Dialogue], protocol: str, candidates: int
+    assistant: Assistant,
+    corpus: Corpus,
+    dialogues: Sequence[Dialogue],
+    protocol: str,
+    candidates: int,
+    shuffles: int = 0,
 ) -> list[list[Prediction]]:
     """Holds dialogues side by side; of each a prediction a turn.
 
     Args:
       protocol: one of PROTOCOLS. candidates: how many the first stage hands on, where none are given.
+      shuffles: in how many other orders given candidates are ranked besides, where the history is the true one.
     """
+    trusted = protocol in ("paper", "gold")
     sessions = [Session(assistant, corpus, candidates=candidates) for _ in dialogues]
     found: list[list[Prediction]] = [[] for _ in dialogues]
     for place in range(max(len(dialogue.turns) for dialogue in dialogues)):
@@ -63,27 +54,44 @@ def hold(
         for number, dialogue in enumerate(dialogues):
             if place >= len(dialogue.turns):
                 continue
-            if protocol == "cascade" and any(
-                failed(*each) for each in zip(dialogue.turns, found[number], strict=False)
-            ):
+            if protocol == "cascade" and place and failed(dialogue.turns[place - 1], found[number][-1]):
                 found[number].append(Prediction(dialogue.id, place, error=EARLIER))
             else:
                 here.append(number)
         if not here:
             continue
-        said = say_together(
-            [sessions[number] for number in here],
-            [_message(dialogues[number].turns[place], protocol) for number in here],
-        )
-        for number, answer in zip(here, said, strict=True):
+        messages = [_message(dialogues[number].turns[place], protocol) for number in here]
+        # The history of a cascade is its own, and hangs on the order that was shown.
+        shuffled = [
+            _shuffled(sessions[number], message, dialogues[number], place, shuffles if trusted else 0)
+            for number, message in zip(here, messages, strict=True)
+        ]
+        said = say_together([sessions[number] for number in here], messages)
+        for number, answer, places in zip(here, said, shuffled, strict=True):
             dialogue, session = dialogues[number], sessions[number]
             given = protocol != "e2e" and bool(dialogue.turns[place].candidates)
-            found[number].append(
-                _prediction(dialogue, place, answer, None if given else _FirstStage(assistant, corpus, session))
-            )
-            if protocol in ("paper", "gold"):
+            stage = None if given else _FirstStage(assistant, corpus, session)
+            prediction = _prediction(dialogue, place, answer, stage)
+            found[number].append(dataclasses.replace(prediction, shuffled=places))
+            if trusted:
                 _correct(session, dialogue.turns[place], answer)
     return found
+
+
+def _shuffled(session: Session, message: Message, dialogue: Dialogue, place: int, count: int) -> tuple[int, ...]:
+    """Places of the true video where a search's candidates are shown in other orders; none where it is not shown."""
+    truth, places = dialogue.turns[place].video_id, list[int]()
+    if message.candidates is None or truth not in message.candidates:
+        return ()
+    rng = random.Random(turn_id(dialogue.id, place))
+    for _ in range(count):
+        order = tuple(rng.sample(message.candidates, len(message.candidates)))
+        try:
+            ranked = session.rank(dataclasses.replace(message, candidates=order))
+        except REFUSED:  # as the turn will be, which says why
+            return ()
+        places.append([each.id for each in ranked].index(truth) + 1)
+    return tuple(places)
 
 
 def failed(turn: Turn, answer: Prediction) -> bool:
@@ -120,7 +128,7 @@ class _FirstStage:
         if place is None:
             return None
         scores = self.corpus.vectors @ self.assistant.embed(prompt.retrieval_query(self.session.asked))
-        return max(int((scores >= scores[place]).sum()), len(ranking) + 1)
+        return max(int(retrieval.ranks(scores[None], np.array([place]))[0]), len(ranking) + 1)
 
 
 def _prediction(dialogue: Dialogue, place: int, said: Said | Exception, stage: _FirstStage | None) -> Prediction:
@@ -139,11 +147,11 @@ def _prediction(dialogue: Dialogue, place: int, said: Said | Exception, stage: _
         ranking,
         pool if searched else 0,
         stage.rank(turn.video_id, ranking) if stage and searched and turn.intent == Intent.VIDEO else None,
-        moment.video if moment else said.video if searched else None,
-        (Moment(moment.video, moment.start, moment.end, moment.score),) if moment else (),
-        said.text,
-        _parsed(said),
-        said.timings,
+        video=moment.video if moment else said.video if searched else None,
+        moments=tuple(Moment(*dataclasses.astuple(each)) for each in (moment, *said.others)) if moment else (),
+        text=said.text,
+        parsed=_parsed(said),
+        latency=said.timings,
     )
 
 

@@ -9,6 +9,9 @@ import enum
 import re
 
 LANGUAGES = ("en", "zh")
+# Values of a dialogue's type.
+CHAT_TYPE = 0
+INDEPENDENT_TYPE = 7  # its turns do not depend on each other
 
 # Containers whose suffix is not part of a video's name. A name may hold dots of its own.
 VIDEO_SUFFIXES = frozenset(

@@ -16,9 +16,11 @@ from ivcr_jax.data.tokenizer import encode_query
 from ivcr_jax.infer.corpus import Corpus, Record
 from ivcr_jax.infer.engine import Block, Context, Engine
 from ivcr_jax.infer.grammar import Grammar
+from ivcr_jax.metrics.moment import apart
 from ivcr_jax.models.heads import ABSENT, Moments
 from ivcr_jax.models.layers import Compute
 
+APART = 0.5  # IoU above which two spans are the same answer
 BLOCK_BYTES = 2**30  # of keys and values of videos that are kept at hand
 
 
@@ -55,7 +57,7 @@ class Assistant:
         self._queries, self._longest = queries, retriever.config.text.max_tokens
         definition, self._retriever = nnx.split(retriever)
         self._embed = jax.jit(lambda state, tokens: nnx.merge(definition, state).embed_text(tokens))
-        self._best = jax.jit(Moments.best)
+        self._best = jax.jit(Moments.best, static_argnums=1)
         self._blocks: collections.OrderedDict[tuple[str, str], Block] = collections.OrderedDict()
 
     def embed(self, query: str) -> np.ndarray:
@@ -78,14 +80,15 @@ class Assistant:
             size -= self._blocks.popitem(last=False)[1].nbytes
         return found
 
-    def moment(
-        self, context: Context, record: Record, duration: float, vector: np.ndarray, after: float
-    ) -> tuple[tuple[float, float], float]:
-        """Where in a video, by the context's last state: seconds (start, end) and its expected IoU.
+    def moments(
+        self, context: Context, record: Record, duration: float, vector: np.ndarray, after: float, most: int
+    ) -> list[tuple[tuple[float, float], float]]:
+        """Where in a video, by the context's last state: seconds (start, end) and its expected IoU, best first.
 
         Args:
           record: the video's. duration: its seconds. vector: f32[Dr], the message's, from `embed`.
           after: seconds before which it may not begin.
+          most: how many at most, at least 1; each has an IoU of at most APART with every one before it.
         """
         frames = len(record.times)
         spare = self.frames - frames
@@ -97,7 +100,7 @@ class Assistant:
         if bool((later & there).any()):
             starts = jnp.where(later, found.start_logits, ABSENT)
             found = dataclasses.replace(found, start_logits=starts)
-        spans, scores = self._best(found)
-        # As f32 a duration may be a little more than it is.
-        start, end = (min(seconds, duration) for seconds in np.asarray(spans)[0, 0].tolist())
-        return (start, end), float(scores[0, 0])
+        spans, scores = (np.asarray(each)[0] for each in self._best(found, self.frames * (self.frames + 1) // 2))
+        spans = np.minimum(spans.astype(np.float64), duration)  # as f32 a duration may be a little more than it is
+        chosen = apart(spans[scores >= 0], most, APART)  # what is below are repeats
+        return [((float(spans[place, 0]), float(spans[place, 1])), float(scores[place])) for place in chosen]

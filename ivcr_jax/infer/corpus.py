@@ -218,6 +218,12 @@ class Corpus:
             group = lowest
 
     @functools.cached_property
+    def digest(self) -> str:
+        """A SHA-256 of what of it an answer can depend on."""
+        values = [[video.id, video.title, video.duration, video.record] for video in self.videos]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    @functools.cached_property
     def _index(self) -> Index:
         return Index(self.vectors, self._mesh)
 

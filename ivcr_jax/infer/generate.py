@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import app, flags
 from etils import epath
 from tqdm import tqdm
@@ -29,7 +28,7 @@ from ivcr_jax.infer.engine import GREEDY, Sampling
 from ivcr_jax.infer.session import Session, say_together
 from ivcr_jax.infer.steps import REFUSED
 from ivcr_jax.infer.turn import Message
-from ivcr_jax.models.layers import Compute
+from ivcr_jax.models.layers import Compute, native_dtype
 
 VERSION = 1
 
@@ -116,12 +115,12 @@ def generate(
     scripts = read_scripts(data, dialogues)
     opened = Corpus.open(corpus, bundle.fingerprint(export))
     _check_videos(scripts, opened, dialogues)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = native_dtype()
     header = {
         "results": VERSION,
         "export": opened.fingerprint,
         "fits": card.threshold(export),  # the fingerprint leaves the card out
-        "corpus": contents(opened),
+        "corpus": opened.digest,
         "dialogues": hashlib.sha256(data).hexdigest(),
         "candidates": candidates,
         **dataclasses.asdict(sampling),
@@ -180,12 +179,6 @@ def _check_videos(scripts: Sequence[Script], corpus: Corpus, file: str) -> None:
                     f"{file}: line {script.line}: turn {place}: found no video {listed(unknown)} in the corpus, "
                     f"expected ids among its {len(known)}"
                 )
-
-
-def contents(corpus: Corpus) -> str:
-    """A fingerprint of what of a corpus an answer can depend on."""
-    values = [[video.id, video.title, video.duration, video.record] for video in corpus.videos]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _failed(rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -38,7 +38,7 @@ class Index:
         if vectors.ndim != 2 or vectors.dtype != np.float32:
             raise ValueError(f"vectors are {vectors.dtype}{list(vectors.shape)}; expected float32[N, D]")
         self.size, self.width = vectors.shape
-        devices = np.array(jax.devices()[:1]) if mesh is None else mesh.devices.reshape(-1)
+        devices = np.array(jax.local_devices()[:1]) if mesh is None else mesh.devices.reshape(-1)
         self._mesh = Mesh(devices, (_AXIS,))
         share = -(-self.size // len(devices))
         count = -(-share * BATCHES[-1] * 4 // SCORES_BYTES)

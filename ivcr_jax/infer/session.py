@@ -26,6 +26,7 @@ from ivcr_jax.infer.turn import Message, Moment, Ranked, Turn
 from ivcr_jax.infer.understanding import Request, understand
 
 VERSION = 1
+MOMENTS = 5  # that a question of time is answered with, the first of them in words
 LONGEST_CONTEXT = 4096  # positions; a conversation that would grow beyond begins anew
 
 
@@ -111,6 +112,20 @@ class Session:
         """
         return self._alone(self._said(message), stream)
 
+    def rank(self, message: Message) -> tuple[Ranked, ...]:
+        """The candidates of a search, best first. Nothing is said, and the conversation stays what it is.
+
+        Raises ValueError for what is no search, and as `say`.
+        """
+        if message.intent != Intent.VIDEO:
+            raise ValueError(f"rank: found a message with the intent {message.intent}, expected a search")
+        steps = self._said(message)
+        next(steps)  # to where the answer would be written
+        try:
+            return self._state.ranking
+        finally:
+            steps.close()
+
     def _said(self, message: str | Message) -> Steps:
         known = Message(message) if isinstance(message, str) else message
         for name in known.videos:
@@ -119,9 +134,9 @@ class Session:
         request = understand(words, known.video is not None or self._state.current is not None)
         if known.intent is not None:
             request = dataclasses.replace(request, intent=known.intent)
-        with self._change({"say": known.to_json()}, notes, known.video) as made:
-            made.append((yield from self._answer(words, request, notes, None, known.candidates)))
-        return made[0]
+        return (
+            yield from self._turn({"say": known.to_json()}, words, request, notes, known.video, None, known.candidates)
+        )
 
     def like(
         self,
@@ -149,13 +164,7 @@ class Session:
         words = {"en": "Show me videos similar to this one.", "zh": "再给我找一些类似的视频。"}[language]
         request = Request(Intent.VIDEO, similar=True, bare=True)
         saved = {"like": video, "start": start, "end": end}
-        return self._alone(self._liked(saved, words, request, vector, video), stream)
-
-    def _liked(self, saved: dict[str, Any], words: str, request: Request, vector: np.ndarray, video: str) -> Steps:
-        notes: list[str] = []
-        with self._change(saved, notes, video) as made:
-            made.append((yield from self._answer(words, request, notes, vector, None)))
-        return made[0]
+        return self._alone(self._turn(saved, words, request, [], video, vector), stream)
 
     def tell(
         self, message: Message, answer: str, video: str | None = None, span: tuple[float, float] | None = None
@@ -194,7 +203,7 @@ class Session:
             self._read(asked, seen)
             assistant.engine.read(self._context, [assistant.grammar.whole(answer)])
             self._keep(**changes, **({} if intent == Intent.CHAT else {"moment": moment}))
-            turn = Turn(words, intent, language, self._state.ranking, True, self.current, moment, answer)
+            turn = Turn(words, intent, language, self._state.ranking, True, self.current, moment, text=answer)
             made.append(dataclasses.replace(turn, notes=tuple(notes)))
         return made[0]
 
@@ -264,6 +273,20 @@ class Session:
             span = saved["span"] and tuple(saved["span"])
             return self.tell(Message.from_json(saved["tell"]), saved["answer"], saved["video"], span)
         return self.say(Message.from_json(saved["say"]))
+
+    def _turn(
+        self,
+        saved: dict[str, Any],
+        words: str,
+        request: Request,
+        notes: list[str],
+        current: str | None,
+        vector: np.ndarray | None = None,
+        candidates: Sequence[str] | None = None,
+    ) -> Steps:
+        with self._change(saved, notes, current) as made:
+            made.append((yield from self._answer(words, request, notes, vector, candidates)))
+        return made[0]
 
     def _alone(self, steps: Steps, stream: Callable[[str], None] | None) -> Turn:
         found = finish([steps], self._assistant, self._sampling, stream)[0]
@@ -373,6 +396,7 @@ class Session:
                 for place in np.argsort(-scores, kind="stable").tolist()
             )
         clock.lap("rank")
+        self._state = dataclasses.replace(self._state, ranking=ranking)
         fits = bool(names) and (bar is None or float(first.max()) >= bar)
         answer = grammar.Answer(
             assistant.grammar,
@@ -382,7 +406,7 @@ class Session:
         )
         text = yield from self._written(answer, clock)
         video = ranking[0].id if fits else None
-        self._keep(asked=asked, rejected=rejected, ranking=ranking, current=video, moment=None)
+        self._keep(asked=asked, rejected=rejected, current=video, moment=None)
         evidence = self._evidence(self._corpus.read(video), vector) if video else ()
         return Turn(message, Intent.VIDEO, language, ranking, fits, video, text=text, evidence=evidence)
 
@@ -401,16 +425,18 @@ class Session:
         begins = state.moment.end if after and state.moment and state.moment.video == video else 0.0
         vector = assistant.embed(prompt.retrieval_query([message]))
         duration = self._corpus.video(video).duration
-        span, score = assistant.moment(self._context, record, duration, vector, begins)
+        found = assistant.moments(self._context, record, duration, vector, begins, MOMENTS)
+        moment, *others = (Moment(video, *each, score) for each, score in found)
         clock.lap("rank")
+        span = moment.start, moment.end
         answer = grammar.Answer(assistant.grammar, language, number=asked.numbers[0], span=span)
         text = yield from self._written(answer, clock)
-        moment = Moment(video, *span, score)
         self._keep(current=video, moment=moment)
         evidence = self._evidence(record, vector, span)
         return Turn(
-            message, Intent.MOMENT, language, state.ranking, video=video, moment=moment, text=text, evidence=evidence
-        )
+            message, Intent.MOMENT, language, state.ranking, video=video, moment=moment, others=tuple(others),
+            text=text, evidence=evidence,
+        )  # fmt: skip
 
     def _about(self, message: str, language: str, video: str) -> prompt.PromptTurn:
         """A question about a video, which has the number under which it was shown last."""

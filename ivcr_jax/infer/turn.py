@@ -114,6 +114,7 @@ class Turn:
       moment: what was found in it, or None.
       text: the answer.
       evidence: frames of the video that speak for it, (seconds, cosine with the query), best first.
+      others: moments that it may be instead, each apart from those before, best first.
       notes: what a person should know besides, a sentence each.
       timings: seconds by stage: search, read, rank, write. Not part of what is compared or saved.
     """
@@ -127,6 +128,7 @@ class Turn:
     moment: Moment | None = None
     text: str = ""
     evidence: tuple[tuple[float, float], ...] = ()
+    others: tuple[Moment, ...] = ()
     notes: tuple[str, ...] = ()
     timings: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
 

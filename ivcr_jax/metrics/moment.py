@@ -18,6 +18,16 @@ def interval_iou(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return overlap / np.maximum(union, 1e-9)
 
 
+def apart(spans: np.ndarray, most: int, overlap: float) -> list[int]:
+    """Places of up to `most` spans of f[N, 2], best first: each has an IoU of at most `overlap` with all before it."""
+    chosen: list[int] = []
+    left = np.arange(len(spans))
+    while len(left) and len(chosen) < most:
+        chosen.append(int(left[0]))
+        left = left[1:][interval_iou(spans[left[1:]], spans[left[0]]) <= overlap]
+    return chosen
+
+
 def hull_iou(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Overlap by the shortest span around both, as published (metrics/eval.py of IVCR): f[...] of f[..., 2].
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ivcr_jax import lines
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 
-VERSION = 1
+VERSION = 2
 KIND = "predictions"
 _NAMED = ("protocol", "export", "dialogues", "split")  # what every file says
 
@@ -46,6 +46,7 @@ class Prediction:
         True where there is nothing to say.
       latency: seconds by stage.
       error: why the turn failed, "" where it did not. A turn that failed is wrong, whatever else is here.
+      shuffled: the truth's places, from 1, where the same candidates were shown in other orders.
     """
 
     dialogue: str
@@ -60,6 +61,7 @@ class Prediction:
     parsed: bool = True
     latency: Mapping[str, float] = dataclasses.field(default_factory=dict)
     error: str = ""
+    shuffled: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -83,6 +85,7 @@ class Prediction:
         converted = {
             "intent": None if intent is None else Intent[intent],
             "ranking": tuple(values["ranking"]),
+            "shuffled": tuple(values["shuffled"]),
             "moments": tuple(Moment(*moment) for moment in values["moments"]),
         }
         return cls(**(values | converted))
@@ -246,6 +249,8 @@ def _contradiction(prediction: Prediction, truth: str) -> str:
         return "ranking: a video twice"
     if len(ranking) > prediction.pool:
         return f"pool: {prediction.pool}, but {len(ranking)} are ranked"
+    if max(prediction.shuffled, default=0) > prediction.pool:
+        return f"shuffled: {max(prediction.shuffled)}, expected at most {prediction.pool}"
     if rank is None:
         return ""
     # Ties may put it behind its place in the list, never before that.
@@ -306,6 +311,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ranking": (_is_texts, "a list of ids"),
     "pool": (_is_count, "a whole number"),
     "rank": (lambda value: value is None or _is_count(value), "a whole number or null"),
+    "shuffled": (
+        lambda value: isinstance(value, list) and all(_is_count(each) and each > 0 for each in value),
+        "a list of places from 1",
+    ),
     "video": (lambda value: value is None or _is_text(value), "an id or null"),
     "moments": (
         lambda value: isinstance(value, list) and all(map(_is_moment, value)),

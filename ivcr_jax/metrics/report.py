@@ -63,6 +63,8 @@ METRICS = {
         for bar in moment.IOUS
     },
     "moment_miou": Kind("Moment mean IoU, %", 100, 1),
+    "order_changes": Kind("First place hangs on the order shown, %", 100, 1),
+    "order_spread": Kind("R@1 over orders, standard deviation, points", 100, 2),
     "intent_accuracy": Kind("Intent right, %", 100, 1),
     "unparsed": Kind("Answers that do not parse, %", 100, 1),
     "bleu_en": Kind("BLEU-4, English", 1, 1),

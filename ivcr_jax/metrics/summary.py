@@ -7,6 +7,8 @@
     refusal_precision      refused VIDEO turns whose video could not be ranked
     moment_*               MOMENT turns, by the moments in the video of the first one
     vcmr_*                 MOMENT turns, by the moments in all videos, where a run has any in several
+    order_changes          VIDEO turns whose candidates were shown in several orders: the first place hangs on the order
+    order_spread           of the same, the standard deviation of R@1 over the orders
     intent_accuracy        all turns
     unparsed               VIDEO and MOMENT turns whose text does not say what the record says
     latency_p50, _p95      seconds a turn, where they were measured
@@ -78,7 +80,8 @@ def summarise(pairs: Sequence[Pair], seed: int = 0) -> Summary:
         }
     stages = dict.fromkeys(stage for pair in pairs if pair.prediction for stage in pair.prediction.latency)
     by["stage"] = {stage: interval.cells({}, clusters, [(_latency(pairs, stage), LATENCIES)], seed) for stage in stages}
-    return Summary(interval.cells(means, clusters, quantiles, seed), by, *_calibration(pairs, clusters, seed))
+    overall = interval.cells(means, clusters, quantiles, seed) | _spread(pairs, clusters, seed)
+    return Summary(overall, by, *_calibration(pairs, clusters, seed))
 
 
 def compare(first: Sequence[Pair], second: Sequence[Pair], seed: int = 0) -> dict[str, Comparison]:
@@ -178,6 +181,37 @@ def _moments(pairs: Sequence[Pair], turns: np.ndarray) -> tuple[list[tuple[Momen
     some = [pairs[turn] for turn in turns]
     spans = np.array([pair.turn.span for pair in some], np.float64).reshape(-1, 2)
     return [(pair.prediction or NOTHING).moments for pair in some], [pair.turn.video_id for pair in some], spans
+
+
+def _orders(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """Turns i64[M] whose candidates were shown in several orders, and f64[M, S] whether the true video came first in
+    each, the order of the data before all others."""
+    found = [
+        (place, (answer.ranking.index(pair.turn.video_id) + 1, *answer.shuffled))
+        for place, pair in enumerate(pairs)
+        if (answer := pair.prediction) and answer.shuffled and pair.turn.video_id in answer.ranking
+    ]
+    fewest = min((len(ranks) for _, ranks in found), default=0)
+    hits = np.array([[rank == 1 for rank in ranks[:fewest]] for _, ranks in found], np.float64)
+    return np.array([place for place, _ in found], np.int64), hits
+
+
+def _spread(pairs: Sequence[Pair], clusters: np.ndarray, seed: int) -> Cells:
+    """How R@1 hangs on the order in which candidates are shown, where they were shown in several."""
+    turns, hits = _orders(pairs)
+    if not len(turns):
+        return {}
+    clusters = clusters[turns]
+    changes = hits.min(1) != hits.max(1)
+    cells = interval.cells({"order_changes": changes.astype(np.float64)}, clusters, seed=seed)
+    whole = cells["order_changes"]
+    low = high = None
+    if whole.clusters > 1:
+        drawn = interval.sums(np.concatenate([hits, np.ones((len(hits), 1))], 1), clusters, seed)
+        spreads = (drawn[:, :-1] / drawn[:, -1:]).std(1, ddof=1)
+        low, high = map(float, np.quantile(spreads, interval.SHARES))
+    spread = float(hits.mean(0).std(ddof=1))
+    return cells | {"order_spread": Cell(spread, low, high, whole.n, whole.clusters)}
 
 
 def _latency(pairs: Sequence[Pair], stage: str | None = None) -> np.ndarray:

@@ -32,6 +32,11 @@ REMAT_POLICIES = (
 INIT_STD = 0.02  # of tables
 
 
+def native_dtype() -> str:
+    """What models are computed in here where nobody says: bfloat16, but on CPUs, which have no units for it."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a model is computed. It changes speed, memory and rounding, never what is computed.

@@ -18,6 +18,8 @@ from flax import nnx
 from ivcr_jax import bundle, index
 from ivcr_jax.data.prompt import PromptStyle
 from ivcr_jax.data.tokenizer import train_demo
+from ivcr_jax.infer.assistant import Assistant
+from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.models.heads import MomentHeadConfig, RankHeadConfig
 from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
 from ivcr_jax.models.llama import LlamaConfig
@@ -92,6 +94,16 @@ def videos(tmp_path_factory) -> pathlib.Path:
     write_video(folder / "d.avi", "mpeg4", count=7)
     (folder / "notes.txt").write_text("of no video")
     return folder
+
+
+@pytest.fixture(scope="module")
+def helper(export):
+    return Assistant(export)
+
+
+@pytest.fixture(scope="module")
+def corpus(indexed, helper):
+    return Corpus.open(indexed, helper.fingerprint)
 
 
 @pytest.fixture(scope="session")

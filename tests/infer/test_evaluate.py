@@ -2,6 +2,12 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,11 +17,9 @@ from ivcr_jax import index, protocols
 from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from ivcr_jax.evaluate import evaluate
-from ivcr_jax.infer.assistant import Assistant
-from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.infer.session import Session
 from ivcr_jax.infer.turn import Message
-from ivcr_jax.metrics import records
+from ivcr_jax.metrics import published, records
 from tests.infer.conftest import IDS
 from tests.models.conftest import close
 from tfds_builder.build import build
@@ -45,16 +49,6 @@ LONG = Dialogue(
 DIALOGUES = (LONG, Dialogue("short", "test", 7, (search("它在哪里？", "视频 1。", IDS[0], ()), *LONG.turns[1:2])))
 
 
-@pytest.fixture(scope="module")
-def helper(export):
-    return Assistant(export)
-
-
-@pytest.fixture(scope="module")
-def corpus(indexed, helper):
-    return Corpus.open(indexed, helper.fingerprint)
-
-
 def same(prediction, turn):
     """A prediction and a session's turn, but for the last bits of numbers."""
     assert prediction.intent == turn.intent and prediction.text == turn.text and not prediction.error
@@ -62,9 +56,10 @@ def same(prediction, turn):
         assert prediction.ranking == tuple(ranked.id for ranked in turn.ranking)
         assert prediction.video == turn.video
     if turn.moment:
-        ((video, start, end, score),) = prediction.moments
-        assert video == prediction.video == turn.moment.video
-        close([start, end, score], [turn.moment.start, turn.moment.end, turn.moment.score], 1e-4)
+        assert prediction.video == turn.moment.video
+        for one, other in zip(prediction.moments, (turn.moment, *turn.others), strict=True):
+            assert one.video == other.video
+            close([one.start, one.end, one.score], [other.start, other.end, other.score], 1e-4)
     else:
         assert prediction.moments == ()
 
@@ -89,6 +84,21 @@ def test_with_true_history_a_turn_is_answered_as_if_it_were_the_first_that_is_an
             assert (prediction.dialogue, prediction.turn, prediction.parsed) == (dialogue.id, place, True)
             if turn.intent == Intent.VIDEO:
                 assert prediction.pool == (len(turn.candidates) or len(corpus.videos))
+
+
+def test_given_candidates_are_ranked_in_other_orders_too(helper, corpus):
+    """Whose states hang on nothing but themselves: the same order comes of all; and a turn is answered as without."""
+    held = protocols.hold(helper, corpus, DIALOGUES, "gold", 3, shuffles=3)
+    for dialogue, predictions, others in zip(
+        DIALOGUES, held, protocols.hold(helper, corpus, DIALOGUES, "gold", 3), strict=True
+    ):
+        for turn, prediction, other in zip(dialogue.turns, predictions, others, strict=True):
+            shown = turn.intent == Intent.VIDEO and turn.video_id in turn.candidates
+            places = (prediction.ranking.index(turn.video_id) + 1,) * 3 if shown else ()
+            assert prediction.shuffled == places
+            assert dataclasses.replace(prediction, shuffled=(), latency={}) == dataclasses.replace(other, latency={})
+    for each in protocols.hold(helper, corpus, DIALOGUES, "cascade", 3, shuffles=3):
+        assert not any(prediction.shuffled for prediction in each)
 
 
 def test_by_the_words_alone_it_is_a_conversation(helper, corpus):
@@ -119,7 +129,7 @@ def test_a_cascade_ends_with_the_first_turn_that_fails(helper, corpus, monkeypat
     monkeypatch.setattr(protocols, "failed", lambda turn, prediction: False)
     for prediction, turn in zip(protocols.hold(helper, corpus, [LONG], "cascade", 10)[0], expected, strict=True):
         same(prediction, turn)
-    monkeypatch.setattr(protocols, "failed", lambda turn, prediction: turn.intent == Intent.CHAT)
+    monkeypatch.setattr(protocols, "failed", lambda turn, said: turn.intent == Intent.CHAT or bool(said.error))
     held = protocols.hold(helper, corpus, [LONG], "cascade", 10)[0]
     for prediction, turn in zip(held[:3], expected, strict=False):
         same(prediction, turn)
@@ -148,7 +158,7 @@ def test_what_the_published_test_set_keeps():
     second = dataclasses.replace(first, candidates=("y", "x"))
 
     def kept(kind, *turns):
-        found = protocols.of_paper(Dialogue("d", "test", kind, turns))
+        found = published.of_dialogue(Dialogue("d", "test", kind, turns))
         return None if found is None else found.turns
 
     assert kept(1, hit, miss, first) == (hit, miss, first)
@@ -207,7 +217,7 @@ def test_a_report_of_every_protocol(run, tmp_path, capsys):
         if (wanted := turn.span)
         for prediction in said
         if (prediction.dialogue, prediction.turn) == (dialogue.id, place)
-        for _, s, e, _ in prediction.moments
+        for _, s, e, _ in prediction.moments[:1]
     ]
     close(told["protocols"]["gold"]["overall"]["moment_miou"]["value"], np.mean(ious), 1e-6)
     assert (out / "report.md").read_text() in capsys.readouterr().out
@@ -228,6 +238,75 @@ def test_a_run_that_was_stopped_goes_on(run, tmp_path, monkeypatch):
     run(names=["e2e"])
     with pytest.raises(ValueError, match="predictions-e2e-0.jsonl: was made with"):
         run(names=["e2e"], candidates=3)
+
+
+@pytest.fixture
+def command(export, data, tmp_path):
+    """The command of OUT, as its arguments; with another OUT or others."""
+
+    def command(out, *arguments):
+        return [
+            sys.executable, "-m", "ivcr_jax.evaluate", f"--export={export}", f"--dialogues={data}", f"--out={out}",
+            f"--cache={tmp_path / 'cache'}", "--batch=1", *arguments,
+        ]  # fmt: skip
+
+    return command
+
+
+def answered(*files):
+    """What was said and ranked, by turn."""
+    found = [prediction for file in files for prediction in records.read(str(file))[1]]
+    return {each.id: (each.text, each.ranking, each.rank, each.shuffled, each.video) for each in found}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_hold_a_share_each_and_report_as_one(command, indexed, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    joined = f"--coordinator=localhost:{port}", "--processes=2"
+    started = [
+        subprocess.Popen(
+            command(shared, f"--corpus={indexed}", *joined, f"--process_id={number}"),
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
+    assert ["# Evaluation" in out for out, _ in said] == [True, False], "the first reports"
+    done = subprocess.run(command(alone, f"--corpus={indexed}"), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in protocols.PROTOCOLS:
+        files = [shared / f"predictions-{name}-{number}.jsonl" for number in range(2)]
+        assert [len(answered(file)) for file in files] == ([5, 0] if name == "paper" else [5, 2])
+        assert answered(*files) == answered(alone / f"predictions-{name}-0.jsonl")
+    one, two = (json.loads((out / "report.json").read_text())["protocols"] for out in (alone, shared))
+    for name in protocols.PROTOCOLS:
+        for metric, cell in one[name]["overall"].items():
+            assert "latency" in metric or two[name]["overall"][metric] == cell
+
+
+@pytest.mark.slow
+def test_a_folder_of_videos_becomes_a_corpus_of_what_the_dialogues_name(command, videos, tmp_path):
+    """Of four videos and one more, which no dialogue names."""
+    folder, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(videos, folder)
+    shutil.copy(folder / "d.avi", folder / "another.avi")
+    for _ in range(2):  # again, it is there
+        whole = command(out, f"--videos={folder}", "--protocols=e2e")
+        done = subprocess.run(whole, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "| corpus | 4 videos |" in done.stdout
+    refused = subprocess.run(command(out, "--protocols=e2e"), capture_output=True, text=True)
+    assert refused.returncode == 1 and "videos" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_what_cannot_be_evaluated(run, tmp_path, export, indexed, data, videos):

@@ -16,7 +16,6 @@ import pytest
 from ivcr_jax import index
 from ivcr_jax.data.dialogue import Intent
 from ivcr_jax.infer import generate as generation
-from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.infer.engine import Sampling
 from ivcr_jax.infer.generate import generate, read_scripts
@@ -38,11 +37,6 @@ ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.P
 
 def lines(dialogues):
     return "".join(json.dumps(dialogue) + "\n" for dialogue in dialogues)
-
-
-@pytest.fixture(scope="module")
-def helper(export):
-    return Assistant(export)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.infer.engine import Sampling
 from ivcr_jax.infer.session import Session
 from ivcr_jax.infer.turn import Message
+from ivcr_jax.metrics.moment import interval_iou
 from tests.infer.conftest import FRAMES, IDS, write_export
 from tests.models.conftest import close
 
@@ -37,16 +38,6 @@ SCRIPT = (
     "你好，你能做什么？",
     "有没有类似的？",
 )
-
-
-@pytest.fixture(scope="module")
-def helper(export):
-    return Assistant(export)
-
-
-@pytest.fixture(scope="module")
-def corpus(indexed, helper):
-    return Corpus.open(indexed, helper.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +232,31 @@ def test_more_like_a_stretch_of_a_video(helper, corpus):
     with pytest.raises(ValueError, match="found no video 'x'"):
         conversation.like("x")
     assert len(conversation.turns) == 1
+
+
+def test_the_order_of_candidates_without_an_answer(helper, corpus):
+    """It is what saying it gives, behind whatever was said, and leaves no trace."""
+    told, untold = Session(helper, corpus), Session(helper, corpus)
+    for before in ("A fish swims.", "When does it turn?"):
+        message = Message("Not this one, a red one.", Intent.VIDEO, tuple(IDS[:3]))
+        ranked = told.rank(message)
+        with pytest.raises(ValueError, match="rank: found a message with the intent None, expected a search"):
+            told.rank(Message("A fish."))
+        with pytest.raises(ValueError, match="found no video 'x'"):
+            told.rank(Message("A fish.", Intent.VIDEO, ("x",)))
+        assert told.say(message).ranking == ranked and len(ranked) == 3
+        told.undo()
+        assert told.say(before) == untold.say(before) and told.asked == untold.asked
+
+
+def test_other_moments_are_apart(helper, corpus):
+    conversation = Session(helper, corpus)
+    turn = conversation.say(Message("When does it turn?", Intent.MOMENT, video="talks/2024/a"))
+    spans = np.array([[each.start, each.end] for each in (turn.moment, *turn.others)])
+    scores = [each.score for each in (turn.moment, *turn.others)]
+    assert 1 < len(spans) <= session.MOMENTS and scores == sorted(scores, reverse=True)
+    for place in range(1, len(spans)):
+        assert (interval_iou(spans[:place], spans[place]) <= assistants.APART + 1e-6).all()
 
 
 def test_a_number_that_is_not_in_the_list_is_told(helper, corpus):

@@ -84,3 +84,19 @@ def test_a_right_span_in_another_video_is_wrong():
 def test_a_bar_is_reached_at_its_value():
     found = moment.per_query(moment.ious([[Moment("v", 0, 5)]], ["v"], np.array([[0.0, 10.0]])))
     assert (found["r1_iou_0.5"], found["r1_iou_0.7"]) == ([1.0], [0.0])
+
+
+def test_spans_that_are_apart_are_the_best_of_those_that_are_left():
+    """By the definition, on made-up spans; and one list by hand."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        spans = np.sort(rng.uniform(0, 10, (30, 2)), 1)
+        chosen = []
+        for place, span in enumerate(spans):
+            near = [float(moment.interval_iou(span, spans[each])) for each in chosen]
+            if len(chosen) < 4 and all(iou <= 0.3 for iou in near):
+                chosen.append(place)
+        assert moment.apart(spans, 4, 0.3) == chosen
+    by_hand = np.array([[0, 4], [0, 5], [1, 3], [4, 8], [0, 8]], float)  # IoU with the first: 1, 0.8, 0.5, 0, 0.5
+    assert moment.apart(by_hand, 5, 0.5) == [0, 2, 3, 4] and moment.apart(by_hand, 2, 0.5) == [0, 2]
+    assert moment.apart(by_hand[:0], 3, 0.5) == []

@@ -33,7 +33,7 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     assert records.read(path) == (HEADER, predictions)
     first, *rows = (tmp_path / "p.jsonl").read_text().splitlines()
     named = {"protocol": HEADER.protocol, "export": HEADER.export, "dialogues": HEADER.dialogues, "split": HEADER.split}
-    assert json.loads(first) == {"predictions": 1, **named, "candidates": 3}
+    assert json.loads(first) == {"predictions": 2, **named, "candidates": 3}
     assert len(rows) == len(predictions)
     assert json.loads(rows[-3])["intent"] == "VIDEO" and [*tmp_path.iterdir()] == [tmp_path / "p.jsonl"]
 
@@ -88,8 +88,8 @@ def test_files_of_something_else_are_refused_and_left_alone(tmp_path):
         ("", "found no whole line, expected predictions"),
         ("[1]\n", "found another file, expected predictions"),
         ('{"results": 1}\n', "found another file, expected predictions"),
-        (json.dumps(HEADER.to_json() | {"predictions": 9}) + "\n", "line 1: found .*; expected version 1"),
-        ('{"predictions": 1}\n', "line 1: found .*; expected version 1 and protocol, export, dialogues, split"),
+        (json.dumps(HEADER.to_json() | {"predictions": 9}) + "\n", "line 1: found .*; expected version 2"),
+        ('{"predictions": 2}\n', "line 1: found .*; expected version 2 and protocol, export, dialogues, split"),
         (json.dumps(HEADER.to_json()) + "\n{\n", "found what is no JSON in line 2, expected predictions"),
     ):
         path.write_text(text)

@@ -215,6 +215,43 @@ def test_a_score_of_1_is_in_the_last_bin_and_none_is_in_no_bin():
     assert found.overall["moment_miou"].n == 2 and found.calibration_error == 0.5
 
 
+def test_what_hangs_on_the_order_of_candidates(gold):
+    """By loops, over the turns that were ranked in several orders."""
+    rng = np.random.default_rng(3)
+    pairs, predictions = [], []
+    for pair in gold[0]:
+        answer = pair.prediction
+        if answer and answer.ranking and rng.random() < 0.8:
+            places = rng.integers(1, 4, 3 + (rng.random() < 0.5)).tolist()  # the fourth is not in all of them
+            answer = dataclasses.replace(answer, shuffled=tuple(places))
+            if pair.turn.video_id in answer.ranking:
+                predictions.append((pair, [answer.ranking.index(pair.turn.video_id) + 1, *places[:3]]))
+        pairs.append(pair._replace(prediction=answer))
+    found = summary.summarise(pairs).overall
+    hits = [[rank == 1 for rank in ranks] for _, ranks in predictions]
+    assert found["order_changes"].value == pytest.approx(np.mean([len(set(row)) == 2 for row in hits]))
+    shares = [sum(row[order] for row in hits) / len(hits) for order in range(4)]
+    spread, mean = found["order_spread"], sum(shares) / 4
+    assert spread.value == pytest.approx((sum((share - mean) ** 2 for share in shares) / 3) ** 0.5)
+    assert spread.n == found["order_changes"].n == len(hits) > 50
+    assert spread.clusters == len({pair.turn.video_id for pair, _ in predictions})
+    assert spread.low < spread.high and "order_spread" not in gold[1].overall
+    same = [
+        pair._replace(prediction=p and dataclasses.replace(p, shuffled=_given(pair)))
+        for pair in pairs
+        for p in [pair.prediction]
+    ]
+    still = summary.summarise(same).overall
+    assert still["order_changes"].value == still["order_spread"].value == 0
+    assert still["order_spread"].high == pytest.approx(0, abs=1e-12)
+
+
+def _given(pair):
+    """The truth's place in the order of the data, twice more."""
+    ranking = pair.prediction.ranking
+    return (ranking.index(pair.turn.video_id) + 1,) * 2 if pair.turn.video_id in ranking else ()
+
+
 def test_two_runs_are_compared_turn_by_turn(gold):
     pairs, found = gold
     other, worse = summarised(made_up.run(DIALOGUES, 0.3, seed=9))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ivcr_jax import bundle, calibration, card, train
+from ivcr_jax import bundle, calibration, card, evaluate, train
 from ivcr_jax import export as exporting
-from ivcr_jax.checkpoint import Checkpoints
+from ivcr_jax.checkpoint import FOLDER, Checkpoints
 from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Intent
 from ivcr_jax.data.store import DialogueStore, VideoStore, choose_stored
@@ -367,6 +367,19 @@ def test_one_run_goes_on_where_another_ended(world, run, tmp_path):
     run(world.config(init=str(tmp_path / "made"), steps=1), tmp_path / "second")
     (row,) = told(tmp_path / "second")
     assert np.isfinite(row["loss"])
+
+
+def test_a_run_is_evaluated_as_it_was_exported(begun, tmp_path):
+    """The newest checkpoint is written once, and never taken for that of another step."""
+    folder = evaluate.exported(begun, tmp_path)
+    before = bundle.fingerprint(folder)
+    assert evaluate.exported(begun, tmp_path) == folder and bundle.fingerprint(folder) == before
+    later = tmp_path / "later"
+    shutil.copytree(begun, later)
+    (newest,) = (later / FOLDER).iterdir()
+    newest.rename(newest.with_name(str(int(newest.name) + 1)))
+    with pytest.raises(ValueError, match=r"export: found step \d+, and .*later is at \d+; expected another --out"):
+        evaluate.exported(later, tmp_path)
 
 
 def test_what_is_no_run_is_said(world, begun, tmp_path):
