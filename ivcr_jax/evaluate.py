@@ -8,7 +8,6 @@ report.json. A run that is stopped goes on where it was. On several hosts each h
 the first reports. docs/evaluation.md says what the protocols and figures are.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -18,14 +17,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ivcr_jax import bundle, command, distributed, protocols
+from ivcr_jax import bundle, command, distributed, protocols, score
 from ivcr_jax.config import listed
 from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.infer.generate import contents
-from ivcr_jax.metrics import records, report, summary, text
+from ivcr_jax.metrics import records
 from ivcr_jax.models.layers import Compute
 
 
@@ -85,27 +84,18 @@ def evaluate(
     multihost_utils.sync_global_devices("predictions are written")
     if jax.process_index():
         return
-    summaries, problems = {}, {}
-    signatures: dict[str, str] = {}
+    runs = {}
     for name, held in truths.items():
-        said = [
-            prediction
-            for process in range(jax.process_count())
-            for prediction in records.read(str(_file(folder, name, process)))[1]
-        ]
-        pairs, problems[name] = records.match(held, said, known, given=name != "e2e")
-        found = summary.summarise(pairs)
-        words, signatures = text.bleu(pairs)
-        summaries[name] = dataclasses.replace(found, overall=found.overall | words)
+        files = [str(_file(folder, name, process)) for process in range(jax.process_count())]
+        runs[name] = score.Run(name, held, [each for file in files for each in records.read(file)[1]])
     about = {
         "export": assistant.fingerprint[:12],
         "dialogues": f"{len(everything)} of {split}, {store.fingerprint[:12]}",
         "corpus": f"{len(known)} videos",
         "candidates of the first stage": str(candidates),
         "dtype": dtype,
-        **signatures,
     }
-    report.write(str(folder), report.Report(about, summaries, problems))
+    score.score(folder, runs, known, about)
     print((folder / "report.md").read_text())
 
 

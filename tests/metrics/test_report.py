@@ -35,11 +35,15 @@ def made(fewer_resamples):
     corpora = ("ActivityNet", "电影", "a_long_folder_1_name", "a_long_folder_2_name", r"$\frac$")
     dialogues = made_up.split(60, corpora=corpora)
     corpus = sorted({video for dialogue in dialogues for video in dialogue.videos})
-    summaries, problems = {}, {}
+    summaries, problems, pairs = {}, {}, {}
     for name, skill, pool in (("gold", 0.8, None), ("cascade", 0.5, None), ("e2e", 0.4, corpus)):
-        pairs, problems[name] = match(dialogues, made_up.run(dialogues, skill, corpus=pool), pool)
-        summaries[name] = summary.summarise(pairs)
-    return Report({"Split": "test"}, summaries, problems)
+        pairs[name], problems[name] = match(dialogues, made_up.run(dialogues, skill, corpus=pool), pool)
+        summaries[name] = summary.summarise(pairs[name])
+    comparisons = {
+        f"{first} against {second}": summary.compare(pairs[first], pairs[second])
+        for first, second in (("gold", "cascade"), ("gold", "e2e"), ("cascade", "e2e"))
+    }
+    return Report({"Split": "test"}, summaries, problems, comparisons)
 
 
 def write(folder, made):
@@ -73,7 +77,8 @@ def test_all_protocols_are_in_all_pictures(written):
 
 
 def test_a_picture_shows_what_changes(made, written, tmp_path):
-    fewer = dataclasses.replace(made, summaries={"gold": made.summaries["gold"]})
+    compared = dict([*made.comparisons.items()][:1])
+    fewer = dataclasses.replace(made, summaries={"gold": made.summaries["gold"]}, comparisons=compared)
     second = write(tmp_path, fewer)
     assert all(written[name] != second[name] for name in plots.NAMES)
 
@@ -86,6 +91,8 @@ def test_json_holds_every_figure(made, written):
         assert json.loads(json.dumps(expected)) == {key: each[key] for key in expected}
         missing = made.problems[name].missing
         assert each["problems"] == {"missing": {"count": len(missing), "turns": missing}} and missing
+    for name, each in made.comparisons.items():
+        assert found["comparisons"][name] == {metric: dataclasses.asdict(cell) for metric, cell in each.items()}
 
 
 def test_tables_by_hand(tmp_path):
