@@ -144,3 +144,31 @@ def test_labels_fit_and_are_in_english():
     assert plots._ticks(series) == expected
     turns = {"a": {str(number): cell for number in (1, 2, 10)}, "b": {str(number): cell for number in range(1, 30)}}
     assert plots._ticks(turns) == [f"{number}\nn=5" for number in range(1, plots.MOST + 1)]
+
+
+def test_a_comparison_is_drawn_where_its_differences_are():
+    labels = {name: kind.label for name, kind in report.METRICS.items()}
+    compared = {
+        "a against b": {
+            "retrieval_r1": Comparison(0.25, 0.125, 0.5, 0.01, 40, 9),
+            "retrieval_mean_rank": Comparison(-3, -4, -2, 0.01, 40, 9),  # no share
+            "unparsed": Comparison(-0.125, None, None, 1, 60, 1),
+        },
+        "a against 电影": {"retrieval_r1": Comparison(-0.5, -0.75, -0.25, 0.02, 30, 9)},
+    }
+    figure = plots._comparison(compared, labels)
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
+        "R@1\nn=30-40", "Answers that do not parse, less is better\nn=60",
+    ]  # fmt: skip
+    first, second = axes.containers
+    assert first[0].get_xdata().tolist() == [25, -12.5] and second[0].get_xdata().tolist() == [-50]
+    assert np.round(first[0].get_ydata()).tolist() == [0, 1] and first[0].get_ydata()[0] < second[0].get_ydata()[0]
+    assert first[2][0].get_segments()[0][:, 0].tolist() == [12.5, 50]
+    assert second[2][0].get_segments()[0][:, 0].tolist() == [-75, -25]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a against b", "no. 2"]
+    assert (
+        plots._comparison({"a against b": {"retrieval_mean_rank": compared["a against b"]["unparsed"]}}, labels) is None
+    )
+    assert plots._comparison({}, labels) is None
