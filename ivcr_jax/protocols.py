@@ -15,7 +15,6 @@ import numpy as np
 
 from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn, video_number
-from ivcr_jax.data.dialogue import of_paper as of_paper
 from ivcr_jax.infer import grammar
 from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus
@@ -27,8 +26,26 @@ from ivcr_jax.metrics.moment import interval_iou
 from ivcr_jax.metrics.records import Moment, Prediction
 
 PROTOCOLS = ("paper", "gold", "cascade", "e2e")
+LONGEST = 7  # turns of a dialogue that the published scorer looks at
+INDEPENDENT = 7  # the type of a dialogue whose turns do not depend on each other
 HIT = 0.5  # IoU from which a moment is found, for those that follow in a cascade
 EARLIER = "an earlier turn failed"
+
+
+def of_paper(dialogue: Dialogue) -> Dialogue | None:
+    """What of a dialogue the published test set keeps: nothing of plain chat, nothing where the first stage missed the
+    first turn's video; of independent turns those it did not miss."""
+    turns = dialogue.turns
+    if dialogue.type == INDEPENDENT:
+        turns = tuple(turn for turn in turns if turn.intent == Intent.CHAT or _found(turn))
+    else:
+        first = next((turn for turn in turns if turn.intent != Intent.CHAT), None)
+        turns = turns if first is not None and _found(first) else ()
+    return dataclasses.replace(dialogue, turns=turns[:LONGEST]) if turns and dialogue.type else None
+
+
+def _found(turn: Turn) -> bool:
+    return turn.video_id in (turn.candidates[:1] if turn.intent == Intent.MOMENT else turn.candidates)
 
 
 def hold(

@@ -20,7 +20,6 @@ from ivcr_jax import command
 from ivcr_jax.data.dialogue import Dialogue, Intent
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.corpus import ROOT, Contents, CorpusError, read_contents
-from ivcr_jax.infer.generate import contents
 from ivcr_jax.metrics import records, report, summary, text
 from ivcr_jax.metrics.records import Header, Prediction
 
@@ -100,14 +99,14 @@ def score_files(
     everything = [store[number] for number in range(len(store))]
     about = {"dialogues": f"{len(everything)} of {split}, {store.fingerprint[:12]}"}
     if opened is not None:
-        about["corpus"] = f"{len(opened.videos)} videos, {contents(opened)[:12]}"
+        about["corpus"] = f"{len(opened.videos)} videos, {opened.digest[:12]}"
     runs = {}
     for name, header in headers.items():
         run = runs[name] = Run(header.protocol, header.truths(everything), predictions[name])
         searched = header.settings.get("corpus")
         if opened is None and (run.protocol == records.OWN or (searched and _lacks_candidates(run.truths))):
             raise ValueError(f"{name}: found searches without candidates, expected --corpus")
-        if opened is not None and searched not in (None, contents(opened)):
+        if opened is not None and searched not in (None, opened.digest):
             raise ValueError(f"{corpus}: found another corpus than {name} was made with, expected {searched!s:.12}")
         said = {"protocol": header.protocol, "export": header.export, **header.settings}
         about[name] = ", ".join(f"{key} {value!s:.12}" for key, value in said.items())

@@ -9,9 +9,9 @@ import enum
 import re
 
 LANGUAGES = ("en", "zh")
-
-LONGEST = 7  # turns of a dialogue that the published scorer looks at
-INDEPENDENT = 7  # the type of a dialogue whose turns do not depend on each other
+# Values of a dialogue's type.
+CHAT_TYPE = 0
+INDEPENDENT_TYPE = 7  # its turns do not depend on each other
 
 # Containers whose suffix is not part of a video's name. A name may hold dots of its own.
 VIDEO_SUFFIXES = frozenset(
@@ -76,22 +76,6 @@ class Dialogue:
             if turn.video_id:
                 seen[turn.video_id] = None
         return tuple(seen)
-
-
-def of_paper(dialogue: Dialogue) -> Dialogue | None:
-    """What of a dialogue the published test set keeps: nothing of plain chat, nothing where the first stage missed the
-    first turn's video; of independent turns those it did not miss."""
-    turns = dialogue.turns
-    if dialogue.type == INDEPENDENT:
-        turns = tuple(turn for turn in turns if turn.intent == Intent.CHAT or _found(turn))
-    else:
-        first = next((turn for turn in turns if turn.intent != Intent.CHAT), None)
-        turns = turns if first is not None and _found(first) else ()
-    return dataclasses.replace(dialogue, turns=turns[:LONGEST]) if turns and dialogue.type else None
-
-
-def _found(turn: Turn) -> bool:
-    return turn.video_id in (turn.candidates[:1] if turn.intent == Intent.MOMENT else turn.candidates)
 
 
 def video_id(path: str) -> str:

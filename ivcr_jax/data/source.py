@@ -16,7 +16,16 @@ import ijson
 from etils import epath
 
 from ivcr_jax.data import prompt, video
-from ivcr_jax.data.dialogue import VIDEO_SUFFIXES, Dialogue, Intent, Turn, language_of, video_id
+from ivcr_jax.data.dialogue import (
+    CHAT_TYPE,
+    INDEPENDENT_TYPE,
+    VIDEO_SUFFIXES,
+    Dialogue,
+    Intent,
+    Turn,
+    language_of,
+    video_id,
+)
 from ivcr_jax.data.manifest import Entry
 
 # Where the source lies in its folder.
@@ -25,8 +34,6 @@ VIDEOS_FOLDER = "videos"
 
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 UNKNOWN_TYPE = -1
-CHAT_TYPE = 0
-INDEPENDENT_TYPE = 7
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -92,6 +92,12 @@ class Contents:
     videos: tuple[Video, ...]
     problems: tuple[Problem, ...]
 
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of what of the corpus an answer can depend on."""
+        values = [[video.id, video.title, video.duration, video.record] for video in self.videos]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:

@@ -24,7 +24,7 @@ from ivcr_jax.config import listed
 from ivcr_jax.infer import terminal
 from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.console import complain, read_file
-from ivcr_jax.infer.corpus import Contents, Corpus
+from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.infer.engine import GREEDY, Sampling
 from ivcr_jax.infer.session import Session, say_together
 from ivcr_jax.infer.steps import REFUSED
@@ -182,7 +182,7 @@ def _check_videos(scripts: Sequence[Script], corpus: Corpus, file: str) -> None:
                 )
 
 
-def contents(corpus: Corpus | Contents) -> str:
+def contents(corpus: Corpus) -> str:
     """A fingerprint of what of a corpus an answer can depend on."""
     values = [[video.id, video.title, video.duration, video.record] for video in corpus.videos]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -13,7 +13,7 @@ from ivcr_jax.data.dialogue import Intent
 from ivcr_jax.metrics import answers
 from ivcr_jax.metrics.as_published import IOUS, KINDS, METRICS, SHOWN
 from ivcr_jax.metrics.matching import match
-from ivcr_jax.metrics.published import CANDIDATES, Prediction, question_of
+from ivcr_jax.metrics.published import CANDIDATES, Prediction, kept_of, question_of, retrieved
 from ivcr_jax.metrics.raw import INDEPENDENT, Turn, turn_id, turns_of
 
 # What may be amiss, and what becomes of it.
@@ -108,7 +108,7 @@ def score(
         every.update((truth.number, truth.kind) for truth in truths.values() if truth.kind)
         dialogues.append((turns, truths))
         if row["type"] == INDEPENDENT:  # samples have those alone that the first stage found
-            dialogues.append(([turn for turn in turns if turn.intent == Intent.CHAT or turn.found], truths))
+            dialogues.append((kept_of(turns, independent=True), truths))
     asked = _truths(samples, dialogues)
     found, amiss, unknown = match([question_of(messages[-2]["content"]) for messages in samples], predictions)
     for name, places in amiss.items():
@@ -136,7 +136,7 @@ def _truth(dialogue: str, turn: Turn, problems: Mapping[str, list[str]]) -> _Tru
         return _Truth(name, turn.number, "")
     if turn.intent == Intent.VIDEO:
         video = answers.video(turn.answer)
-        place = turn.candidates.index(turn.video_id) + 1 if turn.found else None
+        place = turn.candidates.index(turn.video_id) + 1 if retrieved(turn) else None
         if video is None:
             video = place
         elif turn.candidates and video != place:

@@ -17,8 +17,9 @@ from typing import Any
 
 from absl import app, flags
 
+from ivcr_jax import command
 from ivcr_jax.config import listed
-from ivcr_jax.data.dialogue import INDEPENDENT, Dialogue, Intent, renumber, video_id
+from ivcr_jax.data.dialogue import INDEPENDENT_TYPE, Dialogue, Intent, renumber, video_id
 from ivcr_jax.data.prompt import without_control_tokens
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.metrics import answers, matching, published, raw, records
@@ -27,18 +28,18 @@ from ivcr_jax.metrics.records import Header, Moment, Prediction
 
 # What may be amiss, and what becomes of it. `dialogue turn 1` is one of the raw file, `dialogue#0` one of the dataset.
 TO_PUBLISHED = {
-    "not_in_dataset": "samples of what is no turn of the dataset or the protocol: null",
+    "not_in_dataset": "samples whose turn the dataset has not, or the run was not to answer: null",
     "missing": "samples without a prediction: null",
     "failed": "samples whose turn failed: null",
     "not_shown": "answers with a video that is no candidate of the sample: null",
     "renumbered": "answers with another number than the sample has for their video: it was changed",
     "no_sample": "predictions of turns that no sample ends with: left out",
-    "not_in_raw": "predictions of turns that are not found in the raw file: left out",
+    "not_in_raw": "predictions of turns that are not found in the raw file's test rows, as plain chat: left out",
     "repeated": "predictions of a turn that has one: left out",
     "unknown": "predictions of what is no turn: left out",
 }
 TO_OURS = {
-    "not_in_dataset": "samples of what is no turn of the dataset or the protocol: left out",
+    "not_in_dataset": "samples whose turn the dataset, or its part for `paper`, has not: left out",
     "missing": "samples without a prediction, or with null: without one",
     "contradicted": "samples answered more than once, not in the same words: failed",
     "ambiguous": "samples not in their order, and others ask the same and are answered otherwise: failed",
@@ -125,7 +126,7 @@ def align(dialogues: Sequence[Dialogue], header: Header, rows: Sequence[Mapping[
         for turn in turns.get(dialogue.id, ()):
             alike[_plain(turn.question), _plain(turn.answer), video_id(turn.video_id)].append(turn.number)
         kept = collections.Counter(_key(dialogue, place) for place in range(len(dialogue.turns)))
-        if dialogue.type == INDEPENDENT:
+        if dialogue.type == INDEPENDENT_TYPE:
             alike = {key: there for key, there in alike.items() if len(there) == kept[key]}
         left = {key: iter(there) for key, there in alike.items()}
         for place, each in enumerate(dialogue.turns):
@@ -267,8 +268,8 @@ def _hash(path: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """Writes the file, and prints what is amiss."""
     args = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    command.refuse_arguments(argv)
+    command.quiet()
     try:
         found = exchange(args.raw, args.dialogues, args.predictions, args.out, split=args.split)
     except (OSError, ValueError, DatasetNotFound) as error:

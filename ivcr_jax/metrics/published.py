@@ -14,14 +14,17 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import app, flags
 
 from ivcr_jax.config import listed
-from ivcr_jax.data.dialogue import Intent
+from ivcr_jax.data import dialogue as stored
+from ivcr_jax.data.dialogue import CHAT_TYPE, INDEPENDENT_TYPE, Dialogue, Intent
 from ivcr_jax.metrics import answers
 from ivcr_jax.metrics.raw import INDEPENDENT, SEARCH, Turn, read_list, read_rows, short, turn_id, turns_of
+
+AnyTurn = TypeVar("AnyTurn", Turn, stored.Turn)
 
 LONGEST = 7  # turns of a sample; the notebook writes up to UNFILTERED, then leaves those out that are longer
 UNFILTERED = 10
@@ -120,10 +123,30 @@ def convert(
 
 def _kept(row: Mapping[str, Any], turns: list[Turn]) -> tuple[list[Turn], str]:
     """Turns of a row that samples are made of, and why the others are not."""
-    if row["type"] == INDEPENDENT:
-        return [turn for turn in turns if turn.intent == Intent.CHAT or turn.found], "missed by the first stage"
+    independent = row["type"] == INDEPENDENT
+    why = "missed by the first stage" if independent else "their dialogue's first was missed by the first stage"
+    return kept_of(turns, independent), why
+
+
+def kept_of(turns: Sequence[AnyTurn], independent: bool) -> list[AnyTurn]:
+    """The turns of a dialogue that the test set keeps: all where the first stage found the first one's video, else
+    none; of independent ones those it found."""
+    if independent:
+        return [turn for turn in turns if turn.intent == Intent.CHAT or retrieved(turn)]
     first = next((turn for turn in turns if turn.intent != Intent.CHAT), None)
-    return turns if first is not None and first.found else [], "their dialogue's first was missed by the first stage"
+    return list(turns) if first is not None and retrieved(first) else []
+
+
+def retrieved(turn: AnyTurn) -> bool:
+    """Whether the first stage found a turn's video: in its list, or for a moment at the head of it."""
+    listed = turn.candidates[:1] if turn.intent == Intent.MOMENT else turn.candidates
+    return turn.video_id in listed
+
+
+def of_dialogue(dialogue: Dialogue) -> Dialogue | None:
+    """What of a dialogue of the built dataset the test set keeps, or None: nothing of plain chat."""
+    turns = tuple(kept_of(dialogue.turns, dialogue.type == INDEPENDENT_TYPE)[:LONGEST])
+    return dataclasses.replace(dialogue, turns=turns) if turns and dialogue.type != CHAT_TYPE else None
 
 
 def _kept_as_published(row: Mapping[str, Any], turns: list[Turn], alone: list[int]) -> tuple[list[Turn], str]:
@@ -142,7 +165,7 @@ def _kept_as_published(row: Mapping[str, Any], turns: list[Turn], alone: list[in
             raise ValueError(f"{turn_id(row['id'], turn.number)}: {found}; the published conversion stops here (B12)")
     if independent:
         return [], "of independent turns (B8)"  # the notebook keeps the questions without their answers
-    kept = turns if turns and turns[0].found else []
+    kept = turns if turns and retrieved(turns[0]) else []
     for turn in kept[:UNFILTERED]:
         where = turn_id(row["id"], turn.number)
         if turn.gt_se is None:

@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ivcr_jax.data.dialogue import Intent
+from ivcr_jax.data.dialogue import CHAT_TYPE, INDEPENDENT_TYPE, Intent
 
 SPLIT = "test"
-CHAT, INDEPENDENT = [0], [7]  # values of `type`
+CHAT, INDEPENDENT = [CHAT_TYPE], [INDEPENDENT_TYPE]  # values of `type`
 SEARCH = [-1, -1]  # the `gt_se` of a turn that looks for a video
 
 
@@ -41,12 +41,6 @@ class Turn:
         if self.gt_se is not None and self.gt_se != SEARCH:
             return Intent.MOMENT
         return Intent.VIDEO if self.video_id or self.candidates else Intent.CHAT
-
-    @property
-    def found(self) -> bool:
-        """Whether the first stage found it: the video in its list, or for a moment at the head of it."""
-        listed = self.candidates[:1] if self.intent == Intent.MOMENT else self.candidates
-        return self.video_id in listed
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

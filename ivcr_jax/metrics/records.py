@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 from ivcr_jax import lines
-from ivcr_jax.data.dialogue import Dialogue, Intent, Turn, of_paper
+from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
+from ivcr_jax.metrics.published import of_dialogue
 
 VERSION = 1
 KIND = "predictions"
@@ -108,7 +109,7 @@ class Header:
         """What of a split the run was to answer: of its first `dialogues_at_most`, where that is set, what the protocol
         holds."""
         first = dialogues[: self.settings.get("dialogues_at_most") or len(dialogues)]
-        kept = map(of_paper, first) if self.protocol == PAPER else first
+        kept = map(of_dialogue, first) if self.protocol == PAPER else first
         return [dialogue for dialogue in kept if dialogue is not None]
 
 

@@ -14,7 +14,6 @@ from ivcr_jax import score
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.corpus import Contents, CorpusError, Video
-from ivcr_jax.infer.generate import contents
 from ivcr_jax.metrics import exchange, plots, published, raw, records
 from ivcr_jax.metrics.records import Header, Moment, Prediction
 from tests.metrics import made_up_records as made_up
@@ -202,7 +201,7 @@ def test_what_is_refused(data, write, corpus, tmp_path):
     two = [("", write(name, good, export=name)) for name in "ab"]
     refused("b.jsonl: found another run than gold is, expected NAME=FILE with a name for each", *two)
     refused("e2e: found searches without candidates, expected --corpus", ("", write("a", good, "e2e")))
-    held = contents(corpus[1])
+    held = corpus[1].digest
     assert not any(turn.intent == Intent.VIDEO and not turn.candidates for d in data[3] for turn in d.turns)
     score.score_files(dataset, [("", write("a", good, corpus=held))], tmp_path / "without", corpus=None)
     score.score_files(dataset, [("", write("a", good, corpus=held))], tmp_path / "with", corpus=corpus[0].parent)
