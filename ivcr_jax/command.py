@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 from absl import app, flags, logging
 
 
@@ -21,5 +20,7 @@ def quiet() -> None:
 def keep_programs(folder: str | None) -> None:
     """Keeps compiled programs in a folder, where one is named, so that the next start need not compile them."""
     if folder:
+        import jax  # commands that need none are here too
+
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -9,7 +9,6 @@ stopped goes on where it was. On several hosts each holds its share of the dialo
 docs/evaluation.md says what the protocols and figures are.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -20,13 +19,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.utils import checkpoint_steps
 from tqdm import tqdm
 
-from ivcr_jax import bundle, card, checkpoint, command, distributed, export, index, protocols
+from ivcr_jax import bundle, card, checkpoint, command, distributed, export, index, protocols, score
 from ivcr_jax.config import listed
 from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
-from ivcr_jax.metrics import published, records, report, summary, text
+from ivcr_jax.metrics import records
 from ivcr_jax.models.layers import Compute, native_dtype
 
 
@@ -82,36 +81,25 @@ def evaluate(
     }
     truths: dict[str, list[Dialogue]] = {}
     for name in names:
-        kept = [published.of_dialogue(dialogue) for dialogue in everything] if name == "paper" else everything
-        truths[name] = [dialogue for dialogue in kept if dialogue is not None]
         header = records.Header(name, assistant.fingerprint, store.fingerprint, split, settings)
+        truths[name] = header.truths(everything)
         own = truths[name][jax.process_index() :: jax.process_count()]
         _hold(assistant, opened, own, _file(folder, name, jax.process_index()), header, batch)
     multihost_utils.sync_global_devices("predictions are written")
     if jax.process_index():
         return
-    summaries, problems = {}, {}
-    signatures: dict[str, str] = {}
+    runs = {}
     for name, held in truths.items():
-        said = [
-            prediction
-            for process in range(jax.process_count())
-            for prediction in records.read(str(_file(folder, name, process)))[1]
-        ]
-        pairs, problems[name] = records.match(held, said, known, given=name != "e2e")
-        found = summary.summarise(pairs)
-        words, signed = text.bleu(pairs)
-        signatures |= signed
-        summaries[name] = dataclasses.replace(found, overall=found.overall | words)
+        files = [str(_file(folder, name, process)) for process in range(jax.process_count())]
+        runs[name] = score.Run(name, held, [each for file in files for each in records.read(file)[1]])
     about = {
         "export": assistant.fingerprint[:12],
         "dialogues": f"{len(everything)} of {split}, {store.fingerprint[:12]}",
         "corpus": f"{len(known)} videos",
         "candidates of the first stage": str(candidates),
         "dtype": dtype,
-        **signatures,
     }
-    report.write(str(folder), report.Report(about, summaries, problems))
+    score.score(folder, runs, known, about)
     print((folder / "report.md").read_text())
 
 

@@ -92,6 +92,12 @@ class Contents:
     videos: tuple[Video, ...]
     problems: tuple[Problem, ...]
 
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of what of the corpus an answer can depend on."""
+        values = [[video.id, video.title, video.duration, video.record] for video in self.videos]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -123,7 +129,7 @@ class Corpus:
     def __init__(self, folder: epath.Path, contents: Contents, vectors: np.ndarray, mesh: Mesh | None) -> None:
         self.videos, self.problems, self.fingerprint = contents.videos, contents.problems, contents.fingerprint
         self.vectors = vectors
-        self._folder, self._mesh = folder, mesh
+        self._contents, self._folder, self._mesh = contents, folder, mesh
         self._number = {video.id: number for number, video in enumerate(self.videos)}
 
     @classmethod
@@ -217,11 +223,10 @@ class Corpus:
                 return group
             group = lowest
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        """A SHA-256 of what of it an answer can depend on."""
-        values = [[video.id, video.title, video.duration, video.record] for video in self.videos]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        """Of its contents."""
+        return self._contents.digest
 
     @functools.cached_property
     def _index(self) -> Index:

@@ -1,7 +1,7 @@
 """Figures as pictures: a colour a protocol, bars of 95 % intervals, and n under every place. Labels are in English."""
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ivcr_jax.metrics.interval import Cell
+from ivcr_jax.metrics.interval import Cell, Comparison
 from ivcr_jax.metrics.summary import BINS, Summary
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by all (Okabe and Ito)
@@ -23,11 +23,15 @@ REFUSALS = {
     "refusal_precision": "refused,\nvideo not there",
 }
 LATENCIES = ("latency_p50", "latency_p95")
+COMPARISON = "comparison.png"
+SHARE = ", %"  # how labels of shares end; those alone are compared in a picture
+LESS = ("false_refusals", "unparsed")  # of which less is better
 TITLES = {
     "turns.png": "By turn",
     **{f"{by}.png": f"By {by}" for by in BARS},
     "calibration.png": "Calibration",
     "latency.png": "Latency by turn",
+    COMPARISON: "Comparison",
 }
 NAMES = (*TITLES,)
 LONGEST = 16  # letters of a label
@@ -41,11 +45,16 @@ _STYLE: Any = {
 Series = Mapping[str, Mapping[str, Cell]]  # protocol -> group -> cell
 
 
-def draw(folder: pathlib.Path, summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> dict[str, str]:
+def draw(
+    folder: pathlib.Path,
+    summaries: Mapping[str, Summary],
+    comparisons: Mapping[str, Mapping[str, Comparison]],
+    labels: Mapping[str, str],
+) -> dict[str, str]:
     """Writes the plots that there are figures for; their titles by file name. `labels` are the metrics'."""
     drawn = {}
     with matplotlib.rc_context(_STYLE):
-        for name, figure in _figures(summaries, labels):
+        for name, figure in (*_figures(summaries, labels), (COMPARISON, _comparison(comparisons, labels))):
             if figure is not None:
                 figure.savefig(folder / name, metadata={"Software": None})
                 drawn[name] = TITLES[name]
@@ -159,10 +168,48 @@ def _calibration(summaries: Mapping[str, Summary]) -> Figure | None:
     return figure
 
 
-def _legend(figure: Figure, names: Mapping[str, object]) -> None:
+def _comparison(comparisons: Mapping[str, Mapping[str, Comparison]], labels: Mapping[str, str]) -> Figure | None:
+    """Differences of shares with their intervals, a row a metric, around a line at 0."""
+    metrics = [
+        name
+        for name, label in labels.items()
+        if label.endswith(SHARE) and any(name in found for found in comparisons.values())
+    ]
+    if not metrics:
+        return None
+    high = 1 + 0.2 * len(comparisons) + len(metrics) * (0.24 + 0.11 * len(comparisons))
+    figure = Figure((7.5, high), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#222222", linewidth=1)
+    axes.hlines(
+        np.arange(1, len(metrics)) - 0.5, 0, 1, color="#dddddd", linewidth=0.8, transform=axes.get_yaxis_transform()
+    )
+    step = 0.8 / len(comparisons)
+    for place, (colour, found) in enumerate(zip(_colours(comparisons), comparisons.values(), strict=True)):
+        there = [(row, found[name]) for row, name in enumerate(metrics) if name in found]
+        where = np.array([row for row, _ in there]) + (place - (len(comparisons) - 1) / 2) * step
+        values = 100 * np.array([each.difference for _, each in there])
+        ends = 100 * np.array([(each.low, each.high) for _, each in there], float)  # None becomes NaN
+        spread = np.maximum(np.stack([values - ends[:, 0], ends[:, 1] - values]), 0)
+        axes.errorbar(values, where, xerr=spread, fmt="o", color=colour, markersize=4, elinewidth=1.5, capsize=2)
+    shown = []
+    for name in metrics:
+        less = ", less is better" if name in LESS else ""
+        counts = _counted(found[name].n for found in comparisons.values() if name in found)
+        shown.append(f"{labels[name].removesuffix(SHARE)}{less}\n{counts}")
+    axes.set_yticks(range(len(metrics)), shown)
+    axes.set_ylim(len(metrics) - 0.5, -0.5)
+    axes.set_xlabel("first run less the second, percentage points")
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
+    _legend(figure, comparisons, longest=80, columns=1)
+    return figure
+
+
+def _legend(figure: Figure, names: Mapping[str, object], longest: int = LONGEST, columns: int = 4) -> None:
     handles = [matplotlib.lines.Line2D([], [], color=colour, linewidth=5) for colour in _colours(names)]
-    shown = [_name(name, place) for place, name in enumerate(names)]
-    figure.legend(handles, shown, loc="outside lower center", ncols=min(4, len(shown)), frameon=False)
+    shown = [_name(name, place, longest) for place, name in enumerate(names)]
+    figure.legend(handles, shown, loc="outside lower center", ncols=min(columns, len(shown)), frameon=False)
 
 
 def _colours(names: Mapping[str, object]) -> list[str]:
@@ -182,18 +229,21 @@ def _ticks(series: Series) -> list[str]:
     ticks = []
     for place, group in enumerate(groups):
         name = names[place] if names.count(names[place]) == 1 else _numbered(place)
-        counts = [cells[group].n for cells in series.values() if group in cells]
-        several = "" if min(counts) == max(counts) else f"-{max(counts)}"
-        ticks.append(f"{name}\nn={min(counts)}{several}")
+        ticks.append(f"{name}\n{_counted(cells[group].n for cells in series.values() if group in cells)}")
     return ticks
 
 
-def _name(label: str, place: int) -> str:
+def _counted(turns: Iterable[int]) -> str:
+    counts = {*turns}
+    return f"n={min(counts)}" + (f"-{max(counts)}" if len(counts) > 1 else "")
+
+
+def _name(label: str, place: int, longest: int = LONGEST) -> str:
     """A label, cut to fit; its place in the table where the font may lack its letters."""
     if not label.isascii():
         return _numbered(place)
     lines = label.split("\n")
-    return "\n".join(line if len(line) <= LONGEST else f"{line[: LONGEST - 7]}...{line[-4:]}" for line in lines)
+    return "\n".join(line if len(line) <= longest else f"{line[: longest - 7]}...{line[-4:]}" for line in lines)
 
 
 def _numbered(place: int) -> str:

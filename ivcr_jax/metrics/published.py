@@ -211,8 +211,9 @@ def read_predictions(path: str) -> list[Prediction]:
     return predictions
 
 
-def write_predictions(path: str, samples: Sequence[Sample], outputs: Sequence[str]) -> None:
-    """Writes result.json: an answer for each sample, in their order. Raises ValueError for another number of them."""
+def write_predictions(path: str, samples: Sequence[Sample], outputs: Sequence[str | None]) -> None:
+    """Writes result.json: for each sample an answer, or None, in their order. Raises ValueError for another number of
+    them."""
     if len(outputs) != len(samples):
         raise ValueError(f"{path}: found {len(outputs)} answers for {len(samples)} samples; expected one each")
     rows = zip(samples, outputs, strict=True)

@@ -44,7 +44,8 @@ class Turn:
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
-    """The raw rows of the test split whose type is not [0], each with its "id": its own, or `row-` and its number.
+    """The raw rows of the test split whose type is not [0], each with its "id": its own, or `row-` and its number, or
+    both where another row has it.
 
     Raises:
       FileNotFoundError: no such file.
@@ -55,6 +56,10 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         fallback = f"row-{index:07d}"
         if not isinstance(row, dict) or not isinstance(row.get("split"), str):
             raise ValueError(f"{path}: {fallback}: found {short(row)}, expected a dialogue with its split")
+        # As `data.source` names them: one that is there again, in whatever split, is another dialogue.
+        name = str(row.get("id", "")).strip() or fallback
+        row["id"] = name = f"{name}@{fallback}" if name in ids else name
+        ids.add(name)
         if row["split"] != SPLIT or row.get("type") == CHAT:
             continue
         messages = row.get("conversations")
@@ -65,9 +70,6 @@ def read_rows(path: str) -> list[dict[str, Any]]:
                 raise ValueError(
                     f"{path}: {fallback}: message {place}: found {short(message)}, expected from and value, a text"
                 )
-        name = str(row.get("id", "")).strip() or fallback
-        row["id"] = name = f"{name}@{fallback}" if name in ids else name
-        ids.add(name)
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: found no dialogue of the split {SPLIT} whose type is not {CHAT}, expected some")

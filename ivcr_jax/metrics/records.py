@@ -7,14 +7,16 @@ names it.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ivcr_jax import lines
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
+from ivcr_jax.metrics.published import of_dialogue
 
 VERSION = 2
 KIND = "predictions"
+PAPER, OWN = "paper", "e2e"  # protocols: of the published test set; whose every search is of the whole corpus
 _NAMED = ("protocol", "export", "dialogues", "split")  # what every file says
 
 
@@ -105,6 +107,13 @@ class Header:
     def to_json(self) -> dict[str, Any]:
         named = {name: getattr(self, name) for name in _NAMED}
         return {KIND: VERSION, **named, **self.settings}
+
+    def truths(self, dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+        """What of a split the run was to answer: of its first `dialogues_at_most`, where that is set, what the protocol
+        holds."""
+        first = dialogues[: self.settings.get("dialogues_at_most") or len(dialogues)]
+        kept = map(of_dialogue, first) if self.protocol == PAPER else first
+        return [dialogue for dialogue in kept if dialogue is not None]
 
 
 class Pair(NamedTuple):
@@ -269,6 +278,18 @@ def read(path: str) -> tuple[Header, list[Prediction]]:
     if values.pop(KIND) != VERSION or not all(isinstance(values.get(name), str) for name in _NAMED):
         raise ValueError(f"{path}: line 1: found {values!r:.200}; expected version {VERSION} and {', '.join(_NAMED)}")
     return Header(**{name: values.pop(name) for name in _NAMED}, settings=values), predictions
+
+
+def read_of(path: str, dialogues: str, split: str) -> tuple[Header, list[Prediction]]:
+    """As `read`, of these dialogues alone. Args: dialogues: the dataset's fingerprint. Raises ValueError for others."""
+    header, predictions = read(path)
+    most = header.settings.get("dialogues_at_most", 0)
+    if (header.split, header.dialogues) != (split, dialogues):
+        found = f"predictions for {header.split} of the dialogues {header.dialogues[:12]}"
+        raise ValueError(f"{path}: found {found}, expected {split} of {dialogues[:12]}")
+    if type(most) is not int or most < 0:
+        raise ValueError(f"{path}: dialogues_at_most: found {most!r:.80}, expected a whole number, 0 for all")
+    return header, predictions
 
 
 def write(path: str, header: Header, predictions: Iterable[Prediction]) -> None:

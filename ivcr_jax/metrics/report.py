@@ -86,6 +86,10 @@ NOTE = (
     "by the number of turns it is over. No interval is given where all turns are about one video. "
     "Whiskers in plots are the same intervals."
 )
+COMPARED = (
+    "Each difference is of the first run less the second, on the same turns, with its 95 % interval; p is of a "
+    "sign-flip permutation test over the true videos, and is not corrected for the number of metrics."
+)
 
 
 def write(folder: str, report: Report) -> None:
@@ -94,7 +98,7 @@ def write(folder: str, report: Report) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in plots.NAMES:  # of a report that was here before
         (out / name).unlink(missing_ok=True)
-    drawn = plots.draw(out, report.summaries, {name: kind.label for name, kind in METRICS.items()})
+    drawn = plots.draw(out, report.summaries, report.comparisons, {name: kind.label for name, kind in METRICS.items()})
     for name, text in (("report.json", _json(report)), ("report.md", _markdown(report, drawn))):
         with atomic(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -126,16 +130,19 @@ def _markdown(report: Report, drawn: Mapping[str, str]) -> str:
         for metric in _ordered(report.summaries[name].overall for name in names)
     ]
     parts += ["## All turns", _table(["", *names], rows)]
-    parts += [f"![{title}]({file})" for file, title in drawn.items()]
+    parts += [f"![{title}]({file})" for file, title in drawn.items() if file != plots.COMPARISON]
     for name, summary in report.summaries.items():
         parts.append(f"## {name}")
         for by, groups in summary.by.items():
             parts += _breakdown(by, groups)
         parts += _calibration(summary)
         parts += _problems(report.problems.get(name))
+    if report.comparisons:
+        parts += ["## Comparisons", COMPARED]
+        parts += [f"![{drawn[plots.COMPARISON]}]({plots.COMPARISON})"] if plots.COMPARISON in drawn else []
     for name, compared in report.comparisons.items():
         rows = [[_kind(metric).label, *_compared(metric, compared[metric])] for metric in _ordered([compared])]
-        parts += [f"## {name}", _table(["", "difference", "p", "n"], rows)]
+        parts += [f"### {name}", _table(["", "difference", "p", "n"], rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

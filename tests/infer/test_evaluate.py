@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ivcr_jax import evaluate as evaluation
-from ivcr_jax import index, protocols
+from ivcr_jax import index, protocols, score
 from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from ivcr_jax.evaluate import evaluate
@@ -318,3 +318,13 @@ def test_what_cannot_be_evaluated(run, tmp_path, export, indexed, data, videos):
     with pytest.raises(ValueError, match="found none of the 2 dialogues' videos whole"):
         evaluate(export, fewer, data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_can_be_made_again_without_a_model(run, tmp_path, data, indexed):
+    run()
+    files = [("", str(tmp_path / "out" / f"predictions-{name}-0.jsonl")) for name in protocols.PROTOCOLS]
+    score.score_files(data, files, tmp_path / "again", corpus=indexed)
+    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "again"))
+    assert again["protocols"] == first["protocols"] and [*first["protocols"]] == [*protocols.PROTOCOLS]
+    with pytest.raises(ValueError, match="gold: found searches without candidates, expected --corpus"):
+        score.score_files(data, files[1:2], tmp_path / "again")

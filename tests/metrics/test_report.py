@@ -35,11 +35,15 @@ def made(fewer_resamples):
     corpora = ("ActivityNet", "电影", "a_long_folder_1_name", "a_long_folder_2_name", r"$\frac$")
     dialogues = made_up.split(60, corpora=corpora)
     corpus = sorted({video for dialogue in dialogues for video in dialogue.videos})
-    summaries, problems = {}, {}
+    summaries, problems, pairs = {}, {}, {}
     for name, skill, pool in (("gold", 0.8, None), ("cascade", 0.5, None), ("e2e", 0.4, corpus)):
-        pairs, problems[name] = match(dialogues, made_up.run(dialogues, skill, corpus=pool), pool)
-        summaries[name] = summary.summarise(pairs)
-    return Report({"Split": "test"}, summaries, problems)
+        pairs[name], problems[name] = match(dialogues, made_up.run(dialogues, skill, corpus=pool), pool)
+        summaries[name] = summary.summarise(pairs[name])
+    comparisons = {
+        f"{first} against {second}": summary.compare(pairs[first], pairs[second])
+        for first, second in (("gold", "cascade"), ("gold", "e2e"), ("cascade", "e2e"))
+    }
+    return Report({"Split": "test"}, summaries, problems, comparisons)
 
 
 def write(folder, made):
@@ -73,7 +77,8 @@ def test_all_protocols_are_in_all_pictures(written):
 
 
 def test_a_picture_shows_what_changes(made, written, tmp_path):
-    fewer = dataclasses.replace(made, summaries={"gold": made.summaries["gold"]})
+    compared = dict([*made.comparisons.items()][:1])
+    fewer = dataclasses.replace(made, summaries={"gold": made.summaries["gold"]}, comparisons=compared)
     second = write(tmp_path, fewer)
     assert all(written[name] != second[name] for name in plots.NAMES)
 
@@ -86,6 +91,8 @@ def test_json_holds_every_figure(made, written):
         assert json.loads(json.dumps(expected)) == {key: each[key] for key in expected}
         missing = made.problems[name].missing
         assert each["problems"] == {"missing": {"count": len(missing), "turns": missing}} and missing
+    for name, each in made.comparisons.items():
+        assert found["comparisons"][name] == {metric: dataclasses.asdict(cell) for metric, cell in each.items()}
 
 
 def test_tables_by_hand(tmp_path):
@@ -137,3 +144,31 @@ def test_labels_fit_and_are_in_english():
     assert plots._ticks(series) == expected
     turns = {"a": {str(number): cell for number in (1, 2, 10)}, "b": {str(number): cell for number in range(1, 30)}}
     assert plots._ticks(turns) == [f"{number}\nn=5" for number in range(1, plots.MOST + 1)]
+
+
+def test_a_comparison_is_drawn_where_its_differences_are():
+    labels = {name: kind.label for name, kind in report.METRICS.items()}
+    compared = {
+        "a against b": {
+            "retrieval_r1": Comparison(0.25, 0.125, 0.5, 0.01, 40, 9),
+            "retrieval_mean_rank": Comparison(-3, -4, -2, 0.01, 40, 9),  # no share
+            "unparsed": Comparison(-0.125, None, None, 1, 60, 1),
+        },
+        "a against 电影": {"retrieval_r1": Comparison(-0.5, -0.75, -0.25, 0.02, 30, 9)},
+    }
+    figure = plots._comparison(compared, labels)
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
+        "R@1\nn=30-40", "Answers that do not parse, less is better\nn=60",
+    ]  # fmt: skip
+    first, second = axes.containers
+    assert first[0].get_xdata().tolist() == [25, -12.5] and second[0].get_xdata().tolist() == [-50]
+    assert np.round(first[0].get_ydata()).tolist() == [0, 1] and first[0].get_ydata()[0] < second[0].get_ydata()[0]
+    assert first[2][0].get_segments()[0][:, 0].tolist() == [12.5, 50]
+    assert second[2][0].get_segments()[0][:, 0].tolist() == [-75, -25]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a against b", "no. 2"]
+    assert (
+        plots._comparison({"a against b": {"retrieval_mean_rank": compared["a against b"]["unparsed"]}}, labels) is None
+    )
+    assert plots._comparison({}, labels) is None
