@@ -25,7 +25,7 @@ from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.infer.generate import contents
-from ivcr_jax.metrics import records, report, summary, text
+from ivcr_jax.metrics import judge, records, report, summary, text
 from ivcr_jax.models.layers import Compute
 
 
@@ -40,6 +40,7 @@ def evaluate(
     candidates: int = 10,
     batch: int = 8,
     most: int = 0,
+    judged_by: judge.Judge | None = None,
 ) -> None:
     """Holds the dialogues by each protocol, and reports. Every process of a job calls it.
 
@@ -48,12 +49,13 @@ def evaluate(
       split: of the dialogues. names: of the protocols.
       candidates: how many the first stage hands on, where none are given.
       batch: dialogues at once. most: dialogues that are held, the first of the split; 0 is all.
+      judged_by: a language model that scores the answers, where one is to.
 
     Raises:
       FileNotFoundError, DatasetNotFound: there is no such export, or no such dialogues.
       CorpusError: there is no corpus, or one of another export.
-      ValueError: an unknown protocol, an empty split, no dialogue whose videos the corpus has, or predictions in `out`
-        that were made with something else.
+      ValueError: an unknown protocol, an empty split, no dialogue whose videos the corpus has, or predictions or
+        judgements in `out` that were made with something else.
     """
     if unknown := [name for name in names if name not in protocols.PROTOCOLS]:
         raise ValueError(f"protocols: found {listed(unknown)}, expected some of {listed(protocols.PROTOCOLS)}")
@@ -95,7 +97,13 @@ def evaluate(
         ]
         pairs, problems[name] = records.match(held, said, known, given=name != "e2e")
         found = summary.summarise(pairs)
-        words, signatures = text.bleu(pairs)
+        words, of_words = text.bleu(pairs)
+        signatures |= of_words
+        if judged_by is not None:
+            judged = judge.judged(pairs, judged_by, str(folder / f"judgements-{name}.jsonl"))
+            words |= judge.cells(pairs, judged.scores)
+            signatures[f"judge, {name}"] = judged.about
+            problems[name].unjudged.update(judged.failures)
         summaries[name] = dataclasses.replace(found, overall=found.overall | words)
     about = {
         "export": assistant.fingerprint[:12],
@@ -147,11 +155,13 @@ def main(argv: list[str]) -> None:
     command.refuse_arguments(argv)
     command.quiet()
     command.keep_programs(args.cache)
+    told = (args.judge_url, args.judge_model, args.judge_key_variable)
     try:
+        judged_by = judge.Judge(*told) if any(told) else None
         distributed.start()
         evaluate(
             args.export, args.corpus, args.dialogues, args.out, split=args.split, names=args.protocols,
-            candidates=args.candidates, batch=args.batch, most=args.dialogues_at_most,
+            candidates=args.candidates, batch=args.batch, most=args.dialogues_at_most, judged_by=judged_by,
         )  # fmt: skip
     except (ValueError, OSError, CorpusError, DatasetNotFound) as error:
         sys.exit(f"evaluate: {error}")
@@ -170,5 +180,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("candidates", 10, "Videos that the first stage hands on.", lower_bound=1)
     flags.DEFINE_integer("batch", 8, "Dialogues at once.", lower_bound=1)
     flags.DEFINE_integer("dialogues_at_most", 0, "The first of the split; 0 is all.", lower_bound=0)
+    flags.DEFINE_string("judge_url", "", "An endpoint in OpenAI's form, of a language model that scores the answers.")
+    flags.DEFINE_string("judge_model", "", "Its exact name there.")
+    flags.DEFINE_string("judge_key_variable", "", "The environment variable that holds the endpoint's key, if any.")
     flags.DEFINE_string("cache", None, "A folder to keep compiled programs in, so that the next start is fast.")
     app.run(main)

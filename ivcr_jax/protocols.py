@@ -23,13 +23,12 @@ from ivcr_jax.infer.steps import REFUSED
 from ivcr_jax.infer.turn import Message
 from ivcr_jax.infer.turn import Turn as Said
 from ivcr_jax.metrics.moment import interval_iou
-from ivcr_jax.metrics.records import Moment, Prediction
+from ivcr_jax.metrics.records import EARLIER, Moment, Prediction
 
 PROTOCOLS = ("paper", "gold", "cascade", "e2e")
 LONGEST = 7  # turns of a dialogue that the published scorer looks at
 INDEPENDENT = 7  # the type of a dialogue whose turns do not depend on each other
 HIT = 0.5  # IoU from which a moment is found, for those that follow in a cascade
-EARLIER = "an earlier turn failed"
 
 
 def of_paper(dialogue: Dialogue) -> Dialogue | None:

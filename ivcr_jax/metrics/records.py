@@ -15,6 +15,7 @@ from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 
 VERSION = 1
 KIND = "predictions"
+EARLIER = "an earlier turn failed"  # the error of a turn that a cascade never came to
 _NAMED = ("protocol", "export", "dialogues", "split")  # what every file says
 
 
@@ -111,12 +112,14 @@ class Pair(NamedTuple):
       dialogue: of the truth. place: of the turn in it, from 0.
       there: whether the true video is among those that could be ranked; False in a chat turn.
       prediction: None where there is none that can be used, and the turn is wrong.
+      reached: whether it was come to, False behind a cascade's failed turn (EARLIER).
     """
 
     dialogue: Dialogue
     place: int
     there: bool
     prediction: Prediction | None
+    reached: bool = True
 
     @property
     def turn(self) -> Turn:
@@ -129,7 +132,8 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problems:
-    """What is wrong with predictions, by `turn_id`, with what was found. All but the first two make their turn wrong.
+    """What is wrong with predictions, by `turn_id`, with what was found. All but `repeated`, `unknown` and `unjudged`
+    make their turn wrong.
 
     Attributes:
       repeated: turns with more than one prediction; the first counts.
@@ -139,6 +143,7 @@ class Problems:
       outside: a video that is not in the pool.
       spans: of moments: not finite, reversed, or with a score that is no IoU.
       ranks: a ranking, a pool and a rank that contradict each other.
+      unjudged: no score came of the judge, where one was asked; 0 in its mean.
     """
 
     repeated: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -148,6 +153,7 @@ class Problems:
     outside: dict[str, str] = dataclasses.field(default_factory=dict)
     spans: dict[str, str] = dataclasses.field(default_factory=dict)
     ranks: dict[str, str] = dataclasses.field(default_factory=dict)
+    unjudged: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def turn_id(dialogue: str, turn: int) -> str:
@@ -200,9 +206,10 @@ def match(
         for place, turn in enumerate(dialogue.turns):
             ranked = frozenset(turn.candidates) if corpus is None or (given and turn.candidates) else corpus
             answer = found.get((dialogue.id, place))
+            reached = answer is None or answer.error != EARLIER
             if not _usable(answer, turn_id(dialogue.id, place), turn.video_id, ranked, of_dialogue, problems):
                 answer = None
-            pairs.append(Pair(dialogue, place, turn.video_id in ranked, answer))
+            pairs.append(Pair(dialogue, place, turn.video_id in ranked, answer, reached))
     return pairs, problems
 
 
