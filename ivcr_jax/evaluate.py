@@ -25,7 +25,7 @@ from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
-from ivcr_jax.metrics import records
+from ivcr_jax.metrics import judge, records
 from ivcr_jax.models.layers import Compute, native_dtype
 
 
@@ -41,6 +41,7 @@ def evaluate(
     batch: int = 8,
     shuffles: int = 4,
     most: int = 0,
+    judged_by: judge.Judge | None = None,
 ) -> None:
     """Holds the dialogues by each protocol, and reports. Every process of a job calls it.
 
@@ -51,12 +52,13 @@ def evaluate(
       candidates: how many the first stage hands on, where none are given.
       shuffles: in how many other orders given candidates are ranked besides, where the history is the true one.
       batch: dialogues at once. most: dialogues that are held, the first of the split; 0 is all.
+      judged_by: a language model that scores the answers, where one is to.
 
     Raises:
       FileNotFoundError, DatasetNotFound: there is no such export, or no such dialogues.
       CorpusError: there is no corpus, or one of another export.
-      ValueError: an unknown protocol, an empty split, no dialogue whose videos the corpus has, or predictions in `out`
-        that were made with something else.
+      ValueError: an unknown protocol, an empty split, no dialogue whose videos the corpus has, or predictions or
+        judgements in `out` that were made with something else.
     """
     if unknown := [name for name in names if name not in protocols.PROTOCOLS]:
         raise ValueError(f"protocols: found {listed(unknown)}, expected some of {listed(protocols.PROTOCOLS)}")
@@ -99,7 +101,7 @@ def evaluate(
         "candidates of the first stage": str(candidates),
         "dtype": dtype,
     }
-    score.score(folder, runs, known, about)
+    score.score(folder, runs, known, about, judged_by)
     print((folder / "report.md").read_text())
 
 
@@ -171,7 +173,9 @@ def main(argv: list[str]) -> None:
     command.refuse_arguments(argv)
     command.quiet()
     command.keep_programs(args.cache)
+    told = (args.judge_url, args.judge_model, args.judge_key_variable)
     try:
+        judged_by = judge.Judge(*told) if any(told) else None
         distributed.start()
         if jax.process_count() > 1 and (args.workdir or args.videos):
             raise ValueError("found --workdir or --videos with several processes, expected --export and --corpus")
@@ -180,6 +184,7 @@ def main(argv: list[str]) -> None:
         evaluate(
             model, corpus, args.dialogues, args.out, split=args.split, names=args.protocols,
             candidates=args.candidates, batch=args.batch, shuffles=args.shuffles, most=args.dialogues_at_most,
+            judged_by=judged_by,
         )  # fmt: skip
     except (ValueError, OSError, CorpusError, DatasetNotFound) as error:
         sys.exit(f"evaluate: {error}")
@@ -205,5 +210,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("shuffles", 4, "Other orders in which given candidates are ranked.", lower_bound=0)
     flags.DEFINE_integer("batch", 8, "Dialogues at once.", lower_bound=1)
     flags.DEFINE_integer("dialogues_at_most", 0, "The first of the split; 0 is all.", lower_bound=0)
+    flags.DEFINE_string("judge_url", "", "An endpoint in OpenAI's form, of a language model that scores the answers.")
+    flags.DEFINE_string("judge_model", "", "Its exact name there.")
+    flags.DEFINE_string("judge_key_variable", "", "The environment variable that holds the endpoint's key, if any.")
     flags.DEFINE_string("cache", None, "A folder to keep compiled programs in, so that the next start is fast.")
     app.run(main)

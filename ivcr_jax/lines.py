@@ -117,4 +117,4 @@ def _line(values: Any) -> bytes:
 
 
 def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # SHA-256 have 64 digits

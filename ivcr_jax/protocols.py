@@ -25,11 +25,10 @@ from ivcr_jax.infer.turn import Message
 from ivcr_jax.infer.turn import Turn as Said
 from ivcr_jax.metrics import retrieval
 from ivcr_jax.metrics.moment import interval_iou
-from ivcr_jax.metrics.records import Moment, Prediction, turn_id
+from ivcr_jax.metrics.records import EARLIER, Moment, Prediction, turn_id
 
 PROTOCOLS = ("paper", "gold", "cascade", "e2e")
 HIT = 0.5  # IoU from which a moment is found, for those that follow in a cascade
-EARLIER = "an earlier turn failed"
 
 
 def hold(

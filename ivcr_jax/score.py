@@ -21,7 +21,7 @@ from ivcr_jax.config import listed
 from ivcr_jax.data.dialogue import Dialogue, Intent
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.corpus import ROOT, Contents, CorpusError, read_contents
-from ivcr_jax.metrics import records, report, summary, text
+from ivcr_jax.metrics import judge, records, report, summary, text
 from ivcr_jax.metrics.records import Header, Prediction
 
 
@@ -35,7 +35,11 @@ class Run:
 
 
 def score(
-    folder: epath.PathLike, runs: Mapping[str, Run], pool: Collection[str] | None, about: Mapping[str, str]
+    folder: epath.PathLike,
+    runs: Mapping[str, Run],
+    pool: Collection[str] | None,
+    about: Mapping[str, str],
+    judged_by: judge.Judge | None = None,
 ) -> None:
     """Scores runs and writes their report, with a comparison of the first by each protocol with each other one.
 
@@ -44,9 +48,10 @@ def score(
       runs: by the names that the report has for them.
       pool: ids of the corpus that was searched; None where candidates were given.
       about: what the report says of itself.
+      judged_by: a language model that scores the answers, where one is to.
 
-    A run that had no turn to answer is told of and not scored, as where the first stage found nothing that the published
-    test set would keep.
+    A run that had no turn to answer is told of and not scored, as where the first stage found nothing that the
+    published test set would keep.
 
     Raises ValueError where no run had any, or one is to be compared with one of other turns.
     """
@@ -68,6 +73,11 @@ def score(
         words, signature = text.bleu(pairs[name])
         signatures |= signature
         found = summary.summarise(pairs[name])
+        if judged_by is not None:
+            judged = judge.judged(pairs[name], judged_by, str(epath.Path(folder) / f"judgements-{name}.jsonl"))
+            words |= judge.cells(pairs[name], judged.scores)
+            signatures[f"judge, {name}"] = judged.about
+            problems[name].unjudged.update(judged.failures)
         summaries[name] = dataclasses.replace(found, overall=found.overall | words)
         first = firsts[run.protocol]
         if name != first:

@@ -369,7 +369,9 @@ class Session:
     ) -> Steps:
         state, assistant = self._state, self._assistant
         beside = frozenset([state.current] if state.current and (request.rejects or request.similar) else [])
-        rejected = (state.rejected | beside if request.rejects else state.rejected) if beside else frozenset()
+        rejected = state.rejected | (beside if request.rejects else frozenset())
+        if state.current and not beside:  # another search begins; behind one that was refused it goes on
+            rejected = frozenset()
         asked = state.asked if request.bare and request.rejects and state.asked else (*state.asked, message)
         if vector is None and request.bare and request.similar and state.current:
             vector = self._corpus.read(state.current).video

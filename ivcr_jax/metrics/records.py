@@ -17,6 +17,7 @@ from ivcr_jax.metrics.published import of_dialogue
 VERSION = 2
 KIND = "predictions"
 PAPER, OWN = "paper", "e2e"  # protocols: of the published test set; whose every search is of the whole corpus
+EARLIER = "an earlier turn failed"  # the error of a turn that a cascade never came to
 _NAMED = ("protocol", "export", "dialogues", "split")  # what every file says
 
 
@@ -123,12 +124,14 @@ class Pair(NamedTuple):
       dialogue: of the truth. place: of the turn in it, from 0.
       there: whether the true video is among those that could be ranked; False in a chat turn.
       prediction: None where there is none that can be used, and the turn is wrong.
+      reached: whether it was come to, False behind a cascade's failed turn (EARLIER).
     """
 
     dialogue: Dialogue
     place: int
     there: bool
     prediction: Prediction | None
+    reached: bool = True
 
     @property
     def turn(self) -> Turn:
@@ -141,7 +144,8 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problems:
-    """What is wrong with predictions, by `turn_id`, with what was found. All but the first two make their turn wrong.
+    """What is wrong with predictions, by `turn_id`, with what was found. All but `repeated`, `unknown` and `unjudged`
+    make their turn wrong.
 
     Attributes:
       repeated: turns with more than one prediction; the first counts.
@@ -151,6 +155,7 @@ class Problems:
       outside: a video that is not in the pool.
       spans: of moments: not finite, reversed, or with a score that is no IoU.
       ranks: a ranking, a pool and a rank that contradict each other.
+      unjudged: no score came of the judge, where one was asked; 0 in its mean.
     """
 
     repeated: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -160,6 +165,7 @@ class Problems:
     outside: dict[str, str] = dataclasses.field(default_factory=dict)
     spans: dict[str, str] = dataclasses.field(default_factory=dict)
     ranks: dict[str, str] = dataclasses.field(default_factory=dict)
+    unjudged: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def turn_id(dialogue: str, turn: int) -> str:
@@ -212,9 +218,10 @@ def match(
         for place, turn in enumerate(dialogue.turns):
             ranked = frozenset(turn.candidates) if corpus is None or (given and turn.candidates) else corpus
             answer = found.get((dialogue.id, place))
+            reached = answer is None or answer.error != EARLIER
             if not _usable(answer, turn_id(dialogue.id, place), turn.video_id, ranked, of_dialogue, problems):
                 answer = None
-            pairs.append(Pair(dialogue, place, turn.video_id in ranked, answer))
+            pairs.append(Pair(dialogue, place, turn.video_id in ranked, answer, reached))
     return pairs, problems
 
 

@@ -69,6 +69,8 @@ METRICS = {
     "unparsed": Kind("Answers that do not parse, %", 100, 1),
     "bleu_en": Kind("BLEU-4, English", 1, 1),
     "bleu_zh": Kind("BLEU-4, Chinese", 1, 1),
+    "judge_en": Kind("Judge, English, 0 to 5", 1, 2),
+    "judge_zh": Kind("Judge, Chinese, 0 to 5", 1, 2),
     "latency_p50": Kind("Latency, median, s", 1, 3),
     "latency_p95": Kind("Latency, 95th percentile, s", 1, 3),
 }

@@ -10,7 +10,7 @@
     order_changes          VIDEO turns whose candidates were shown in several orders: the first place hangs on the order
     order_spread           of the same, the standard deviation of R@1 over the orders
     intent_accuracy        all turns
-    unparsed               VIDEO and MOMENT turns whose text does not say what the record says
+    unparsed               VIDEO and MOMENT turns that were come to, whose text does not say what the record says
     latency_p50, _p95      seconds a turn, where they were measured
 
 A turn without a usable prediction is wrong in all that it has part in. docs/evaluation.md defines them.
@@ -123,6 +123,7 @@ def _means(pairs: Sequence[Pair]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     usable = np.array([pair.prediction is not None for pair in pairs])
     intents = np.array([pair.turn.intent for pair in pairs])
     there = np.array([pair.there for pair in pairs])
+    reached = np.array([pair.reached for pair in pairs])
     understood = np.array([-1 if answer.intent is None else answer.intent for answer in answers])
     refused = (understood == Intent.VIDEO) & np.array([answer.video is None for answer in answers])
     parsed = usable & np.array([answer.parsed for answer in answers])
@@ -137,7 +138,7 @@ def _means(pairs: Sequence[Pair]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     means |= {name: _column(moments, values) for name, values in _found_moments(pairs, np.flatnonzero(moments)).items()}
     means |= {
         "intent_accuracy": (understood == intents).astype(np.float64),
-        "unparsed": np.where(searches | moments, ~parsed, np.nan),
+        "unparsed": np.where((searches | moments) & reached, ~parsed, np.nan),
     }
     return means, _column(searches, ranks)
 

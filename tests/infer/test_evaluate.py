@@ -20,7 +20,9 @@ from ivcr_jax.evaluate import evaluate
 from ivcr_jax.infer.session import Session
 from ivcr_jax.infer.turn import Message
 from ivcr_jax.metrics import published, records
+from ivcr_jax.metrics.judge import Judge
 from tests.infer.conftest import IDS
+from tests.metrics.test_judge import endpoint  # noqa: F401 - a server
 from tests.models.conftest import close
 from tfds_builder.build import build
 
@@ -307,6 +309,26 @@ def test_a_folder_of_videos_becomes_a_corpus_of_what_the_dialogues_name(command,
         assert "| corpus | 4 videos |" in done.stdout
     refused = subprocess.run(command(out, "--protocols=e2e"), capture_output=True, text=True)
     assert refused.returncode == 1 and "videos" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_judge_scores_each_protocol(run, endpoint, tmp_path):  # noqa: F811
+    """The server gives every answer 5."""
+    for _ in range(2):
+        run(names=["gold", "cascade"], judged_by=Judge(endpoint.url, "judge-1"))
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    texts = 0
+    for name in ("gold", "cascade"):
+        said = records.read(str(tmp_path / "out" / f"predictions-{name}-0.jsonl"))[1]
+        answered = {prediction.id: bool(prediction.text and not prediction.error) for prediction in said}
+        found = told["protocols"][name]
+        cells = [found["overall"][f"judge_{language}"] for language in ("en", "zh")]
+        close(sum(cell["value"] * cell["n"] for cell in cells), 5 * sum(answered.values()), 1e-9)
+        unjudged = found["problems"].get("unjudged", {"turns": {}})["turns"]
+        assert unjudged.keys() == {turn for turn, there in answered.items() if not there}
+        assert told["about"][f"judge, {name}"].startswith("judge-1 (says it is judge-2), prompt ")
+        texts += sum(answered.values())
+    assert len(endpoint.asked) == texts > 8
+    assert "|tok:13a|" in told["about"]["bleu_en"] and "|tok:zh|" in told["about"]["bleu_zh"]
 
 
 def test_what_cannot_be_evaluated(run, tmp_path, export, indexed, data, videos):

@@ -8,7 +8,7 @@ import pytest
 
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from ivcr_jax.metrics import interval, summary
-from ivcr_jax.metrics.records import Moment, Prediction, match
+from ivcr_jax.metrics.records import EARLIER, Moment, Prediction, match
 from tests.metrics import made_up_records as made_up
 
 DIALOGUES = made_up.split(120)
@@ -70,6 +70,26 @@ def test_a_run_that_answers_nothing_is_wrong_everywhere():
     assert found.overall["intent_accuracy"].n == len(pairs)
     assert not {"latency_p50", "refusal_precision"} & found.overall.keys()
     assert found.calibration == () and found.calibration_error is None and found.by["stage"] == {}
+
+
+def test_what_a_cascade_never_came_to_neither_parses_nor_does_not():
+    """It is wrong in all else. A turn that failed by itself, or has no prediction, does not parse."""
+    truth = [Turn("Where?", "It is video 1.", Intent.VIDEO, "en", "c/v", ("c/v",))] * 6
+    said = Prediction("d", 0, Intent.VIDEO, ("c/v",), 1, video="c/v", text="It is video 1.")
+    predictions = [
+        said,
+        dataclasses.replace(said, turn=1, parsed=False),
+        Prediction("d", 2, error="out of memory"),
+        *(Prediction("d", place, error=EARLIER) for place in (3, 4)),
+    ]
+    pairs, problems = match([Dialogue("d", "test", 1, tuple(truth))], predictions)
+    found = summary.summarise(pairs)
+    assert (found.overall["unparsed"].value, found.overall["unparsed"].n) == (0.75, 4)
+    assert (found.overall["retrieval_r1"].value, found.overall["retrieval_r1"].n) == (pytest.approx(2 / 6), 6)
+    groups = {place: cells["unparsed"].value for place, cells in found.by["turn"].items() if "unparsed" in cells}
+    assert groups == {"1": 0, "2": 1, "3": 1, "6": 1}
+    assert problems.failed == {"d#2": "out of memory", "d#3": EARLIER, "d#4": EARLIER}
+    assert problems.missing == {"d#5": "no prediction"}
 
 
 def loops(pairs, predictions):
