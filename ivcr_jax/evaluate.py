@@ -1,7 +1,7 @@
 """Holds the dialogues of a split with an export, and reports how it did.
 
     python -m ivcr_jax.evaluate --export=EXPORT --corpus=CORPUS --dialogues=DATA/ivcr200k --out=OUT
-        [--split=test] [--protocols=paper,gold,cascade,e2e]
+        [--split=test] [--protocols=paper,gold,cascade,e2e,simulator]
 
 CORPUS is of the videos, by `ivcr_jax.index`. OUT gets the predictions of each protocol, report.md with plots, and
 report.json. A run that is stopped goes on where it was. On several hosts each holds its share of the dialogues, and
@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from ivcr_jax import bundle, command, distributed, protocols
+from ivcr_jax import bundle, command, distributed, protocols, simulator
 from ivcr_jax.config import listed
 from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
@@ -40,6 +40,7 @@ def evaluate(
     candidates: int = 10,
     batch: int = 8,
     most: int = 0,
+    rounds: int = 5,
 ) -> None:
     """Holds the dialogues by each protocol, and reports. Every process of a job calls it.
 
@@ -48,6 +49,7 @@ def evaluate(
       split: of the dialogues. names: of the protocols.
       candidates: how many the first stage hands on, where none are given.
       batch: dialogues at once. most: dialogues that are held, the first of the split; 0 is all.
+      rounds: messages of a simulated user, at most.
 
     Raises:
       FileNotFoundError, DatasetNotFound: there is no such export, or no such dialogues.
@@ -55,8 +57,9 @@ def evaluate(
       ValueError: an unknown protocol, an empty split, no dialogue whose videos the corpus has, or predictions in `out`
         that were made with something else.
     """
-    if unknown := [name for name in names if name not in protocols.PROTOCOLS]:
-        raise ValueError(f"protocols: found {listed(unknown)}, expected some of {listed(protocols.PROTOCOLS)}")
+    offered = [*protocols.PROTOCOLS, simulator.NAME]
+    if unknown := [name for name in names if name not in offered]:
+        raise ValueError(f"protocols: found {listed(unknown)}, expected some of {listed(offered)}")
     opened = Corpus.open(corpus, bundle.fingerprint(export))
     store = DialogueStore(dialogues, split)
     everything = [store[number] for number in range(min(len(store), most or len(store)))]
@@ -77,6 +80,12 @@ def evaluate(
     }
     truths: dict[str, list[Dialogue]] = {}
     for name in names:
+        if name == simulator.NAME:
+            simulator.run(
+                assistant, opened, store, everything, folder, settings, rounds=rounds, candidates=candidates,
+                batch=batch, process=(jax.process_index(), jax.process_count()),
+            )  # fmt: skip
+            continue
         kept = [protocols.of_paper(dialogue) for dialogue in everything] if name == "paper" else everything
         truths[name] = [dialogue for dialogue in kept if dialogue is not None]
         header = records.Header(name, assistant.fingerprint, store.fingerprint, split, settings)
@@ -97,6 +106,7 @@ def evaluate(
         found = summary.summarise(pairs)
         words, signatures = text.bleu(pairs)
         summaries[name] = dataclasses.replace(found, overall=found.overall | words)
+    users = simulator.results(folder, jax.process_count(), everything, known) if simulator.NAME in names else None
     about = {
         "export": assistant.fingerprint[:12],
         "dialogues": f"{len(everything)} of {split}, {store.fingerprint[:12]}",
@@ -105,7 +115,7 @@ def evaluate(
         "dtype": dtype,
         **signatures,
     }
-    report.write(str(folder), report.Report(about, summaries, problems))
+    report.write(str(folder), report.Report(about, summaries, problems, users=users))
     print((folder / "report.md").read_text())
 
 
@@ -151,7 +161,7 @@ def main(argv: list[str]) -> None:
         distributed.start()
         evaluate(
             args.export, args.corpus, args.dialogues, args.out, split=args.split, names=args.protocols,
-            candidates=args.candidates, batch=args.batch, most=args.dialogues_at_most,
+            candidates=args.candidates, batch=args.batch, most=args.dialogues_at_most, rounds=args.rounds,
         )  # fmt: skip
     except (ValueError, OSError, CorpusError, DatasetNotFound) as error:
         sys.exit(f"evaluate: {error}")
@@ -166,7 +176,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("dialogues", None, "The folder of the ivcr200k dataset.", required=True)
     flags.DEFINE_string("out", None, "The folder of predictions and report.", required=True)
     flags.DEFINE_string("split", "test", "Of the dialogues.")
-    flags.DEFINE_list("protocols", [*protocols.PROTOCOLS], "By which they are held.")
+    flags.DEFINE_list("protocols", [*protocols.PROTOCOLS], "By which they are held; simulator is simulated users.")
+    flags.DEFINE_integer("rounds", 5, "Messages of a simulated user at most.", lower_bound=1)
     flags.DEFINE_integer("candidates", 10, "Videos that the first stage hands on.", lower_bound=1)
     flags.DEFINE_integer("batch", 8, "Dialogues at once.", lower_bound=1)
     flags.DEFINE_integer("dialogues_at_most", 0, "The first of the split; 0 is all.", lower_bound=0)

@@ -79,7 +79,7 @@ def hold(
             dialogue, session = dialogues[number], sessions[number]
             given = protocol != "e2e" and bool(dialogue.turns[place].candidates)
             found[number].append(
-                _prediction(dialogue, place, answer, None if given else _FirstStage(assistant, corpus, session))
+                _prediction(dialogue, place, answer, None if given else FirstStage(assistant, corpus, session))
             )
             if protocol in ("paper", "gold"):
                 _correct(session, dialogue.turns[place], answer)
@@ -105,7 +105,7 @@ def _message(turn: Turn, protocol: str) -> Message:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FirstStage:
+class FirstStage:
     """What searched for a session's candidates."""
 
     assistant: Assistant
@@ -123,7 +123,7 @@ class _FirstStage:
         return max(int((scores >= scores[place]).sum()), len(ranking) + 1)
 
 
-def _prediction(dialogue: Dialogue, place: int, said: Said | Exception, stage: _FirstStage | None) -> Prediction:
+def _prediction(dialogue: Dialogue, place: int, said: Said | Exception, stage: FirstStage | None) -> Prediction:
     """Args: stage: that found the candidates; None where they were given."""
     turn = dialogue.turns[place]
     if isinstance(said, Exception):
