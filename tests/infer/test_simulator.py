@@ -293,12 +293,19 @@ def test_a_run_reports_and_goes_on_where_it_was_stopped(run, helper, data, tmp_p
     file = out / "episodes-cooperative-0.jsonl"
     whole, expected = file.read_bytes(), without_times(file)
     ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    monkeypatch.setattr(simulator, "results", lambda *_: None)
+    whole_hold, groups = simulator.hold, []
+    monkeypatch.setattr(
+        simulator,
+        "hold",
+        lambda *args, **named: groups.append([w.dialogue for w in args[2]]) or whole_hold(*args, **named),
+    )
     for size in (0, ends[0] // 2, ends[0], ends[1], ends[1] + 9, ends[2] - 1, ends[3] + 1):
         file.write_bytes(whole[:size])
         run()
         assert without_times(file) == expected, size
-        assert file.read_bytes()[:size].count(b"\n") == whole[:size].count(b"\n")
         assert file.read_bytes().startswith(whole[: max(end for end in (0, *ends) if end <= size)])
+    assert {*map(tuple, groups)} == {("a", "b"), ("d", "e")}, "numbers depend on who is beside whom"
     monkeypatch.setattr(simulator, "hold", None)  # nothing is left to hold
     run()
     with pytest.raises(ValueError, match="episodes-cooperative-0.jsonl: was made with rounds 3 and not 4"):

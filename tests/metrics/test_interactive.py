@@ -162,18 +162,18 @@ def test_no_episode_has_no_figure():
 
 
 def test_a_file_goes_on_wherever_it_was_cut_off(tmp_path):
-    path = tmp_path / "episodes.jsonl"
+    path, episodes = tmp_path / "episodes.jsonl", [episode(search(2, shown=LIST[:2])), episode(Round("好", error="它"))]
     with interactive.growing(str(path), {"user": "terse", "rounds": 3}) as (append, before):
         assert before == []
-        for each in EPISODES:
+        for each in episodes:
             append(each)
     whole = path.read_bytes()
-    assert interactive.read(str(path)) == ({"episodes": 1, "user": "terse", "rounds": 3}, [*EPISODES])
+    assert interactive.read(str(path)) == ({"episodes": 1, "user": "terse", "rounds": 3}, episodes)
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with interactive.growing(str(path), {"user": "terse", "rounds": 3}) as (append, before):
-            assert before == [*EPISODES[: max(0, whole[:size].count(b"\n") - 1)]]
-            for each in EPISODES[len(before) :]:
+            assert before == episodes[: max(0, whole[:size].count(b"\n") - 1)]
+            for each in episodes[len(before) :]:
                 append(each)
         assert path.read_bytes() == whole
     another = interactive.growing(str(path), {"user": "terse", "rounds": 4})
