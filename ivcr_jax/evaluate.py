@@ -1,7 +1,7 @@
 """Holds the dialogues of a split with an export, and reports how it did.
 
     python -m ivcr_jax.evaluate --export=EXPORT|--workdir=RUN --videos=SOURCE/videos|--corpus=CORPUS
-        --dialogues=DATA/ivcr200k --out=OUT [--split=test] [--protocols=paper,gold,cascade,e2e]
+        --dialogues=DATA/ivcr200k --out=OUT [--split=test] [--protocols=paper,gold,cascade,e2e,simulator]
 
 Of a run it exports the newest checkpoint. Of a folder of videos it indexes those that the dialogues name; a corpus is
 taken as it is. OUT gets both, the predictions of each protocol, report.md with plots, and report.json. A run that is
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.utils import checkpoint_steps
 from tqdm import tqdm
 
-from ivcr_jax import bundle, card, checkpoint, command, distributed, export, index, protocols, score
+from ivcr_jax import bundle, card, checkpoint, command, distributed, export, index, protocols, score, simulator
 from ivcr_jax.config import listed
 from ivcr_jax.data.dialogue import Dialogue
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
@@ -27,6 +27,8 @@ from ivcr_jax.infer.assistant import Assistant
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.metrics import judge, records
 from ivcr_jax.models.layers import Compute, native_dtype
+
+OFFERED = (*protocols.PROTOCOLS, simulator.NAME)
 
 
 def evaluate(
@@ -36,12 +38,13 @@ def evaluate(
     out: epath.PathLike,
     *,
     split: str = "test",
-    names: Sequence[str] = protocols.PROTOCOLS,
+    names: Sequence[str] = OFFERED,
     candidates: int = 10,
     batch: int = 8,
     shuffles: int = 4,
     most: int = 0,
     judged_by: judge.Judge | None = None,
+    rounds: int = 5,
 ) -> None:
     """Holds the dialogues by each protocol, and reports. Every process of a job calls it.
 
@@ -53,6 +56,7 @@ def evaluate(
       shuffles: in how many other orders given candidates are ranked besides, where the history is the true one.
       batch: dialogues at once. most: dialogues that are held, the first of the split; 0 is all.
       judged_by: a language model that scores the answers, where one is to.
+      rounds: messages of a simulated user, at most.
 
     Raises:
       FileNotFoundError, DatasetNotFound: there is no such export, or no such dialogues.
@@ -60,8 +64,8 @@ def evaluate(
       ValueError: an unknown protocol, an empty split, no dialogue whose videos the corpus has, or predictions or
         judgements in `out` that were made with something else.
     """
-    if unknown := [name for name in names if name not in protocols.PROTOCOLS]:
-        raise ValueError(f"protocols: found {listed(unknown)}, expected some of {listed(protocols.PROTOCOLS)}")
+    if unknown := [name for name in names if name not in OFFERED]:
+        raise ValueError(f"protocols: found {listed(unknown)}, expected some of {listed(OFFERED)}")
     opened = Corpus.open(corpus, bundle.fingerprint(model))
     store = DialogueStore(dialogues, split)
     everything = [store[number] for number in range(min(len(store), most or len(store)))]
@@ -83,6 +87,12 @@ def evaluate(
     }
     truths: dict[str, list[Dialogue]] = {}
     for name in names:
+        if name == simulator.NAME:
+            simulator.run(
+                assistant, opened, store, everything, folder, settings, rounds=rounds, candidates=candidates,
+                batch=batch, process=(jax.process_index(), jax.process_count()),
+            )  # fmt: skip
+            continue
         header = records.Header(name, assistant.fingerprint, store.fingerprint, split, settings)
         truths[name] = header.truths(everything)
         own = truths[name][jax.process_index() :: jax.process_count()]
@@ -94,6 +104,7 @@ def evaluate(
     for name, held in truths.items():
         files = [str(_file(folder, name, process)) for process in range(jax.process_count())]
         runs[name] = score.Run(name, held, [each for file in files for each in records.read(file)[1]])
+    users = simulator.results(folder, jax.process_count(), everything, known) if simulator.NAME in names else None
     about = {
         "export": assistant.fingerprint[:12],
         "dialogues": f"{len(everything)} of {split}, {store.fingerprint[:12]}",
@@ -101,7 +112,7 @@ def evaluate(
         "candidates of the first stage": str(candidates),
         "dtype": dtype,
     }
-    score.score(folder, runs, known, about, judged_by)
+    score.score(folder, runs, known, about, judged_by, users)
     print((folder / "report.md").read_text())
 
 
@@ -184,7 +195,7 @@ def main(argv: list[str]) -> None:
         evaluate(
             model, corpus, args.dialogues, args.out, split=args.split, names=args.protocols,
             candidates=args.candidates, batch=args.batch, shuffles=args.shuffles, most=args.dialogues_at_most,
-            judged_by=judged_by,
+            rounds=args.rounds, judged_by=judged_by,
         )  # fmt: skip
     except (ValueError, OSError, CorpusError, DatasetNotFound) as error:
         sys.exit(f"evaluate: {error}")
@@ -205,7 +216,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("dialogues", None, "The folder of the ivcr200k dataset.", required=True)
     flags.DEFINE_string("out", None, "The folder of predictions and report.", required=True)
     flags.DEFINE_string("split", "test", "Of the dialogues.")
-    flags.DEFINE_list("protocols", [*protocols.PROTOCOLS], "By which they are held.")
+    flags.DEFINE_list("protocols", [*OFFERED], "By which they are held; simulator is simulated users.")
+    flags.DEFINE_integer("rounds", 5, "Messages of a simulated user at most.", lower_bound=1)
     flags.DEFINE_integer("candidates", 10, "Videos that the first stage hands on.", lower_bound=1)
     flags.DEFINE_integer("shuffles", 4, "Other orders in which given candidates are ranked.", lower_bound=0)
     flags.DEFINE_integer("batch", 8, "Dialogues at once.", lower_bound=1)

@@ -69,7 +69,7 @@ def hold(
         for number, answer, places in zip(here, said, shuffled, strict=True):
             dialogue, session = dialogues[number], sessions[number]
             given = protocol != "e2e" and bool(dialogue.turns[place].candidates)
-            stage = None if given else _FirstStage(assistant, corpus, session)
+            stage = None if given else FirstStage(assistant, corpus, session)
             prediction = _prediction(dialogue, place, answer, stage)
             found[number].append(dataclasses.replace(prediction, shuffled=places))
             if trusted:
@@ -112,7 +112,7 @@ def _message(turn: Turn, protocol: str) -> Message:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FirstStage:
+class FirstStage:
     """What searched for a session's candidates."""
 
     assistant: Assistant
@@ -130,7 +130,7 @@ class _FirstStage:
         return max(int(retrieval.ranks(scores[None], np.array([place]))[0]), len(ranking) + 1)
 
 
-def _prediction(dialogue: Dialogue, place: int, said: Said | Exception, stage: _FirstStage | None) -> Prediction:
+def _prediction(dialogue: Dialogue, place: int, said: Said | Exception, stage: FirstStage | None) -> Prediction:
     """Args: stage: that found the candidates; None where they were given."""
     turn = dialogue.turns[place]
     if isinstance(said, Exception):

@@ -21,7 +21,7 @@ from ivcr_jax.config import listed
 from ivcr_jax.data.dialogue import Dialogue, Intent
 from ivcr_jax.data.store import DatasetNotFound, DialogueStore
 from ivcr_jax.infer.corpus import ROOT, Contents, CorpusError, read_contents
-from ivcr_jax.metrics import judge, records, report, summary, text
+from ivcr_jax.metrics import interactive, judge, records, report, summary, text
 from ivcr_jax.metrics.records import Header, Prediction
 
 
@@ -40,6 +40,7 @@ def score(
     pool: Collection[str] | None,
     about: Mapping[str, str],
     judged_by: judge.Judge | None = None,
+    users: interactive.Users | None = None,
 ) -> None:
     """Scores runs and writes their report, with a comparison of the first by each protocol with each other one.
 
@@ -49,6 +50,7 @@ def score(
       pool: ids of the corpus that was searched; None where candidates were given.
       about: what the report says of itself.
       judged_by: a language model that scores the answers, where one is to.
+      users: what came of simulated ones, where there were any.
 
     A run that had no turn to answer is told of and not scored, as where the first stage found nothing that the
     published test set would keep.
@@ -82,7 +84,7 @@ def score(
         first = firsts[run.protocol]
         if name != first:
             comparisons[f"{first} against {name}"] = summary.compare(pairs[first], pairs[name])
-    report.write(str(folder), report.Report({**about, **signatures}, summaries, problems, comparisons))
+    report.write(str(folder), report.Report({**about, **signatures}, summaries, problems, comparisons, users))
 
 
 def score_files(

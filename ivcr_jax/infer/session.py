@@ -100,6 +100,11 @@ class Session:
         """The messages that the last search went by."""
         return self._state.asked
 
+    @property
+    def rejected(self) -> frozenset[str]:
+        """The ids of videos that were turned down, which the last search left out."""
+        return self._state.rejected
+
     def say(self, message: str | Message, stream: Callable[[str], None] | None = None) -> Turn:
         """Answers a message.
 

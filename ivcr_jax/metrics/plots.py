@@ -34,6 +34,7 @@ TITLES = {
     COMPARISON: "Comparison",
 }
 NAMES = (*TITLES,)
+USERS = "users.png"
 LONGEST = 16  # letters of a label
 MOST = 12  # groups of a panel; the tables have all
 _STYLE: Any = {
@@ -59,6 +60,14 @@ def draw(
                 figure.savefig(folder / name, metadata={"Software": None})
                 drawn[name] = TITLES[name]
     return drawn
+
+
+def draw_users(folder: pathlib.Path, users: Mapping[str, Summary], labels: Mapping[str, str]) -> None:
+    """Writes what simulated users, by kind, came to by round; nothing where there is none."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _panels(users, "round", ("success", "hit10"), labels, joined=True)
+        if figure is not None:
+            figure.savefig(folder / USERS, metadata={"Software": None})
 
 
 def _figures(summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> Iterator[tuple[str, Figure | None]]:

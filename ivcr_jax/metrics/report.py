@@ -11,7 +11,7 @@ from typing import Any
 
 from ivcr_jax.config import listed
 from ivcr_jax.data.manifest import atomic
-from ivcr_jax.metrics import moment, plots, retrieval
+from ivcr_jax.metrics import interactive, moment, plots, retrieval
 from ivcr_jax.metrics.interval import Cell, Comparison
 from ivcr_jax.metrics.records import Problems
 from ivcr_jax.metrics.summary import Cells, Summary
@@ -26,12 +26,14 @@ class Report:
       summaries: by protocol, in the order of the tables' columns. Figures of other metrics may be among them.
       problems: with the predictions, by protocol.
       comparisons: of two runs, by what was compared and metric.
+      users: what simulated ones came to.
     """
 
     about: Mapping[str, str]
     summaries: Mapping[str, Summary]
     problems: Mapping[str, Problems]
     comparisons: Mapping[str, Mapping[str, Comparison]] = dataclasses.field(default_factory=dict)
+    users: interactive.Users | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,14 @@ METRICS = {
     "bleu_zh": Kind("BLEU-4, Chinese", 1, 1),
     "judge_en": Kind("Judge, English, 0 to 5", 1, 2),
     "judge_zh": Kind("Judge, Chinese, 0 to 5", 1, 2),
+    "success": Kind("Success, %", 100, 1),
+    "hit10": Kind("Hit@10, %", 100, 1),
+    "rounds": Kind("Rounds to success, mean", 1, 2),
+    "rounds_median": Kind("Rounds to success, median", 1, 1),
+    "bri": Kind("BRI", 1, 3),
+    "r1": Kind("R@1, %", 100, 1),
+    "r10": Kind("R@10, %", 100, 1),
+    "best_rank": Kind("Best rank, median", 1, 1),
     "latency_p50": Kind("Latency, median, s", 1, 3),
     "latency_p95": Kind("Latency, 95th percentile, s", 1, 3),
 }
@@ -81,11 +91,11 @@ SHORT = (
 )  # fmt: skip
 GROUPS = {
     "turn": "turn", "intent": "intent", "language": "language", "corpus": "corpus", "type": "dialogue type",
-    "stage": "stage of a turn",
+    "stage": "stage of a turn", "round": "round",
 }  # fmt: skip
 NOTE = (
     "Each figure is followed by its 95 % interval (percentile bootstrap, whole videos drawn with all their turns) and "
-    "by the number of turns it is over. No interval is given where all turns are about one video. "
+    "by the number of turns (of users: episodes) it is over. No interval is given where all are about one video. "
     "Whiskers in plots are the same intervals."
 )
 COMPARED = (
@@ -98,9 +108,12 @@ def write(folder: str, report: Report) -> None:
     """Writes report.json, report.md and plots into a folder, which is made where there is none."""
     out = pathlib.Path(folder).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    for name in plots.NAMES:  # of a report that was here before
+    for name in (*plots.NAMES, plots.USERS):  # of a report that was here before
         (out / name).unlink(missing_ok=True)
-    drawn = plots.draw(out, report.summaries, report.comparisons, {name: kind.label for name, kind in METRICS.items()})
+    labels = {name: kind.label for name, kind in METRICS.items()}
+    drawn = plots.draw(out, report.summaries, report.comparisons, labels)
+    if report.users is not None:
+        plots.draw_users(out, report.users.kinds, labels)
     for name, text in (("report.json", _json(report)), ("report.md", _markdown(report, drawn))):
         with atomic(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -116,35 +129,33 @@ def _json(report: Report) -> str:
         for name, compared in report.comparisons.items()
     }
     values = {"about": dict(report.about), "protocols": protocols, "comparisons": comparisons}
+    if report.users is not None:
+        values["users"] = {**dataclasses.asdict(report.users), "problems": _counted(report.users.problems)}
     return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _counted(problems: Problems | None) -> dict[str, Any]:
+def _counted(problems: Problems | interactive.Problems | None) -> dict[str, Any]:
     found = {} if problems is None else dataclasses.asdict(problems)
     return {kind: {"count": len(turns), "turns": turns} for kind, turns in found.items() if turns}
 
 
 def _markdown(report: Report, drawn: Mapping[str, str]) -> str:
     parts = ["# Evaluation", _table(["", ""], report.about.items()) if report.about else "", NOTE]
-    names = [*report.summaries]
-    rows = [
-        [_kind(metric).label, *(_cell(metric, report.summaries[name].overall.get(metric)) for name in names)]
-        for metric in _ordered(report.summaries[name].overall for name in names)
-    ]
-    parts += ["## All turns", _table(["", *names], rows)]
+    overall = {name: summary.overall for name, summary in report.summaries.items()}
+    parts += ["## All turns", _table(["", *overall], _rows(overall))] if overall else []
     parts += [f"![{title}]({file})" for file, title in drawn.items() if file != plots.COMPARISON]
     for name, summary in report.summaries.items():
         parts.append(f"## {name}")
         for by, groups in summary.by.items():
             parts += _breakdown(by, groups)
         parts += _calibration(summary)
-        parts += _problems(report.problems.get(name))
+        parts += _problems(report.problems.get(name), "predictions")
+    parts += [] if report.users is None else _users(report.users)
     if report.comparisons:
         parts += ["## Comparisons", COMPARED]
         parts += [f"![{drawn[plots.COMPARISON]}]({plots.COMPARISON})"] if plots.COMPARISON in drawn else []
     for name, compared in report.comparisons.items():
-        rows = [[_kind(metric).label, *_compared(metric, compared[metric])] for metric in _ordered([compared])]
-        parts += [f"### {name}", _table(["", "difference", "p", "n"], rows)]
+        parts += [f"### {name}", _differences(compared)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -155,6 +166,34 @@ def _breakdown(by: str, groups: Mapping[str, Cells]) -> list[str]:
     title = GROUPS.get(by, by)
     rows = [[group, *(_cell(name, cells.get(name)) for name in metrics)] for group, cells in groups.items()]
     return [f"### By {title}", _table([title, *(_kind(name).label for name in metrics)], rows)]
+
+
+def _users(users: interactive.Users) -> list[str]:
+    """Figures of simulated users by kind, then by group and kind, and what their difference is."""
+    overall = {name: summary.overall for name, summary in users.kinds.items()}
+    parts = ["## Simulated users", _table(["", *overall], _rows(overall))]
+    parts += [f"![Simulated users]({plots.USERS})"] if any(overall.values()) else []
+    for by in interactive.GROUPS:
+        groups = {name: summary.by[by] for name, summary in users.kinds.items()}
+        metrics = _ordered(cells for found in groups.values() for cells in found.values())
+        rows = [
+            [group, name, *(_cell(metric, groups[name][group].get(metric)) for metric in metrics)]
+            for group in dict.fromkeys(group for found in groups.values() for group in found)
+            for name in groups
+            if group in groups[name]
+        ]
+        parts += [f"### Users by {GROUPS[by]}", _table([GROUPS[by], "user", *(_kind(m).label for m in metrics)], rows)]
+    for name, compared in users.comparisons.items():
+        parts += [f"### {name}", _differences(compared)]
+    return [*parts, *_problems(users.problems, "episodes")]
+
+
+def _rows(tables: Mapping[str, Cells]) -> list[list[str]]:
+    """A row a metric, its label first, a column a table."""
+    return [
+        [_kind(metric).label, *(_cell(metric, cells.get(metric)) for cells in tables.values())]
+        for metric in _ordered(tables.values())
+    ]
 
 
 def _calibration(summary: Summary) -> list[str]:
@@ -171,13 +210,18 @@ def _calibration(summary: Summary) -> list[str]:
     ]
 
 
-def _problems(problems: Problems | None) -> list[str]:
+def _problems(problems: Problems | interactive.Problems | None, what: str) -> list[str]:
     rows = [
         [kind, str(counted["count"]), listed([*counted["turns"]], 5)] for kind, counted in _counted(problems).items()
     ]
     if not rows:
         return []
-    return ["### Problems with the predictions", _table(["", "turns", "which (all are in report.json)"], rows)]
+    return [f"### Problems with the {what}", _table(["", "count", "which (all are in report.json)"], rows)]
+
+
+def _differences(compared: Mapping[str, Comparison]) -> str:
+    rows = [[_kind(metric).label, *_compared(metric, compared[metric])] for metric in _ordered([compared])]
+    return _table(["", "difference", "p", "n"], rows)
 
 
 def _compared(metric: str, found: Comparison) -> list[str]:

@@ -212,6 +212,17 @@ def test_what_a_message_points_at(talked, corpus):
         close(ranked.first, expected[number[ranked.id]], 1e-5)
 
 
+def test_what_was_turned_down_stays_so_behind_a_search_that_found_nothing(helper, corpus, monkeypatch):
+    conversation = Session(helper, corpus)
+    first = conversation.say("A fish swims.").video
+    monkeypatch.setattr(helper, "fits", 2.0)
+    assert conversation.say("Not this one, a red one.").video is None
+    monkeypatch.setattr(helper, "fits", None)
+    again = conversation.say("It is red, and there are two of them.")
+    assert first not in [ranked.id for ranked in again.ranking] and len(again.ranking) == len(IDS) - 1
+    assert first in [ranked.id for ranked in conversation.say("Find a dog.").ranking], "another search"
+
+
 def test_more_like_a_stretch_of_a_video(helper, corpus):
     conversation = Session(helper, corpus)
     record = corpus.read("talks/2024/a")

@@ -48,14 +48,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.tried[answer] = tried = self.server.tried.get(answer, 0) + 1
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
-        try:
-            self.do(answer, tried)
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
+        time.sleep(self.server.delay)
+        with self.server.lock:  # before it answers: who is answered asks again at once
+            self.server.now -= 1
+        self.do(answer, tried)
 
     def do(self, answer, tried):
-        time.sleep(self.server.delay)
         word, _, rest = answer.partition(" ")
         if word == "busy" and tried <= int(rest):
             self.reply(503, "later")

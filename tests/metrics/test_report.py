@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ivcr_jax.metrics import plots, report, summary
+from ivcr_jax.metrics import interactive, plots, report, summary
 from ivcr_jax.metrics.interval import Cell, Comparison
 from ivcr_jax.metrics.records import Problems, match
 from ivcr_jax.metrics.report import Report
@@ -119,6 +119,37 @@ def test_tables_by_hand(tmp_path):
     order = [text.index(label) for label in ("| R@1, % | 50", "| Latency, median", "| success_at_3")]
     assert order == sorted(order)
     assert "](corpus.png)" in text and "](turns.png)" not in text
+
+
+def test_simulated_users_by_hand(tmp_path):
+    cell = Cell(0.5, 0.25, 0.75, 8, 5)
+    by = {"round": {"1": {"success": cell}, "2": {"success": cell, "r1": cell}}, "language": {"zh": {"bri": cell}}}
+    kinds = {"cooperative": Summary({"success": cell, "rounds": cell}, by), "terse": Summary({"success": cell}, by)}
+    compared = {"cooperative against terse": {"success": Comparison(0.125, 0.0, 0.25, 0.0421, 8, 5)}}
+    users = interactive.Users(kinds, compared, interactive.Problems(no_search={"d": "chat"}))
+    files = write(tmp_path, Report({}, {}, {}, users=users))
+    text = files["report.md"].decode()
+    for line in (
+        "|  | cooperative | terse |",
+        "| Success, % | 50.0 [25.0, 75.0] (8) | 50.0 [25.0, 75.0] (8) |",
+        "| Rounds to success, mean | 0.50 [0.25, 0.75] (8) |  |",
+        "| round | user | Success, % | R@1, % |",
+        "| 1 | terse | 50.0 [25.0, 75.0] (8) |  |",
+        "| language | user | BRI |",
+        "| zh | cooperative | 0.500 [0.250, 0.750] (8) |",
+        "| Success, % | 12.5 [0.0, 25.0] | 0.0421 | 8 |",
+        "| no_search | 1 | d |",
+    ):
+        assert line in text.splitlines(), line
+    assert "](users.png)" in text and {*files} == {"report.json", "report.md", "users.png"}
+    found = json.loads(files["report.json"])["users"]
+    assert found["kinds"] == json.loads(json.dumps({name: dataclasses.asdict(each) for name, each in kinds.items()}))
+    assert found["problems"] == {"no_search": {"count": 1, "turns": {"d": "chat"}}}
+    with Image.open(io.BytesIO(files["users.png"])) as picture:
+        colours = {tuple(each) for each in np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()}
+    for colour in plots.COLOURS[:2]:
+        assert tuple(int(colour[place : place + 2], 16) for place in (1, 3, 5)) in colours
+    assert {*write(tmp_path, Report({}, {}, {}))} == {"report.json", "report.md"}, "what was here before is gone"
 
 
 def test_plots_that_would_be_empty_are_not_there(tmp_path):
