@@ -1,0 +1,372 @@
+"""The whole of it on one machine: data, training on a mesh, export, evaluation, a conversation.
+
+    python -m launch.demo --out=build/demo [--videos=DIR [--annotations=FILE] [--format=manifest]]
+
+Makes the synthetic source and trains both tiny models on it. Videos of one's own are indexed and conversed with; with
+annotations (`ivcr_jax.data.captions` has the formats) dialogues are composed from these, both sources are trained on,
+and the videos are asked for with their own captions and moments. A run that is stopped goes on where it was. Each stage
+is one of the project's commands, which OUT/log keeps with what it said.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from ivcr_jax.data import captions, compose
+from ivcr_jax.data.dialogue import LANGUAGES, VIDEO_SUFFIXES, Dialogue, Intent
+from ivcr_jax.data.manifest import atomic
+from ivcr_jax.data.store import DialogueStore
+
+CONFIG = "configs/tiny.py"
+DEVICES = 8  # virtual, on the processor
+VIDEOS, INTERACTIONS = 3000, 20_000  # of the synthetic source
+OWN_SHARE = 1.0  # questions about captioned videos, as a share of INTERACTIONS
+HELD = 120  # test dialogues that are evaluated
+NEEDED = 2 * 2**30  # bytes of disk
+EVERY = 20.0  # seconds between two lines of progress, where they do not replace each other
+# Messages to videos that nobody has described.
+WORDS = {
+    "en": ("Find a video that shows something red.", "When is it in view?", "Do you have a similar one?", "Thank you!"),
+    "zh": ("帮我找一个有红色东西的视频。", "它是什么时候出现的？", "有没有类似的？", "谢谢！"),
+}
+# What the table at the end shows: of which protocol, which metric, its factor.
+TABLE = {
+    "Retriever R@10, %": ("e2e", "retrieval_r10", 100),
+    "Rank R@1, %": ("gold", "retrieval_r1", 100),
+    "Moment R@1, IoU 0.5, %": ("gold", "moment_r1_iou_0.5", 100),
+    "BLEU-4": ("gold", "bleu", 1),
+    "End to end R@1, %": ("e2e", "retrieval_r1", 100),
+}
+
+
+class DemoError(Exception):
+    """Why it cannot go on, in one sentence that says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the work. Attributes: name: also of its log. what: for people. work: a module's arguments, the module
+    first, or a function. devices: virtual ones."""
+
+    name: str
+    what: str
+    work: Sequence[str] | Callable[[], object]
+    devices: int = 1
+
+
+def stages(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.Path | None, form: str) -> list[Stage]:
+    """Everything there is to do, in order."""
+    both = out / ("both" if annotations else "source")
+    data, init, features, model = out / "data", out / "init", out / "features", out / "export"
+    dialogues, stored = f"--dialogues={data}/ivcr200k", f"--videos={data}/ivcr200k_videos"
+
+    def train(stage: str, run: str, begin: pathlib.Path) -> list[str]:
+        given = {"init": begin, "data.dialogues": data / "ivcr200k", "data.videos": features}
+        settings = [f"--config.{name}={value}" for name, value in given.items()]
+        return ["ivcr_jax.train", f"--config={CONFIG}:{stage}", f"--workdir={out / run}", *settings]
+
+    def build(dataset: str, source: pathlib.Path, folder: pathlib.Path, *more: str) -> list[str]:
+        return ["tfds_builder.build", f"--dataset={dataset}", f"--manual_dir={source}", f"--data_dir={folder}", *more]
+
+    def evaluate(
+        export: pathlib.Path, shown: str, to: str, protocols: str = "gold,e2e", of: str = dialogues
+    ) -> list[str]:
+        return ["ivcr_jax.evaluate", f"--export={export}", f"--{shown}", of, f"--out={out / to}",
+                f"--protocols={protocols}", "--shuffles=0", f"--dialogues_at_most={HELD}",
+                f"--cache={out / 'cache'}"]  # fmt: skip
+
+    def talk(language: str, corpus: pathlib.Path) -> list[str]:
+        return ["ivcr_jax.chat", f"--export={model}", f"--corpus={corpus}", f"--script={out}/script-{language}.txt",
+                f"--report={out}/conversation-{language}.html", f"--cache={out / 'cache'}"]  # fmt: skip
+
+    synth = ["ivcr_jax.data.synth", f"--out={out / 'source'}", f"--videos={VIDEOS}", f"--interactions={INTERACTIONS}"]
+    pretrain = [
+        "ivcr_jax.pretrain",
+        f"--config={CONFIG}",
+        f"--source={out / 'source'}",
+        dialogues,
+        stored,
+        f"--out={init}",
+    ]
+    encode = ["ivcr_jax.encode", f"--model={init}", "--tower=model", stored, f"--out={features}", "--dtype=float32"]
+    found = [Stage("source", "drawing and describing the synthetic videos", synth)]
+    if videos and annotations:
+        found.append(Stage("compose", "dialogues about your videos", lambda: join(out, videos, annotations, form)))
+    found += [
+        Stage("dialogues", "building the dataset of dialogues", build("ivcr200k", both, data)),
+        Stage("videos", "decoding every video once", build("ivcr200k_videos", both, data, "--frames=24", "--size=48",
+                                                           *["--max_loss=0.5"] * bool(annotations))),
+        Stage("pretrain", "teaching the tower to see", pretrain),
+        Stage("encode", "computing the frozen tower's features", encode),
+        Stage("retriever", "training the retriever", train("retriever", "retriever", init), DEVICES),
+        Stage("first", "exporting it",
+              ["ivcr_jax.export", f"--workdir={out}/retriever", f"--out={out}/first", "--nocalibrate"]),
+        Stage("both", "training the dialogue model with it", train("both", "run", out / "first"), DEVICES),
+        Stage("export", "exporting both", ["ivcr_jax.export", f"--workdir={out}/run", f"--out={model}"]),
+        Stage("evaluate", "holding test dialogues again", evaluate(model, f"videos={both}/videos", "evaluation")),
+        Stage("untrained", "the same without training", evaluate(init, f"videos={both}/videos", "untrained")),
+    ]  # fmt: skip
+    corpus = out / "evaluation" / "corpus"
+    if videos:
+        corpus = out / "corpus"
+        index = ["ivcr_jax.index", f"--export={model}", f"--videos={videos}", f"--corpus={corpus}"]
+        found.append(Stage("index", "indexing your videos", index))
+    if videos and annotations:
+        asked = f"--dialogues={out}/asked/ivcr200k"
+        found += [
+            Stage("asked", "asking for your videos by their captions", build("ivcr200k", out / "asked", out / "asked")),
+            Stage("own", "what was found", evaluate(model, f"corpus={corpus}", "own", "gold", asked)),
+        ]
+    found.append(
+        Stage("scripts", "writing what will be said", lambda: write_scripts(out, bool(videos), bool(annotations)))
+    )
+    found += [Stage(f"talk-{each}", f"a conversation ({each})", talk(each, corpus)) for each in LANGUAGES]
+    return found
+
+
+def join(out: pathlib.Path, videos: pathlib.Path, annotations: pathlib.Path, form: str) -> None:
+    """Writes the two sources as one (OUT/both), and questions for the captioned videos (OUT/asked).
+
+    Raises DemoError where no video of the folder is described, or a name is in both.
+    """
+    clips, problems = captions.read(form, annotations, "train")
+    clips, missing = captions.resolve(clips, videos)
+    for problem in (*problems, *missing):
+        print(f"{problem.row}: {problem.field}: {problem.reason}")
+    if not any(clip.captions for clip in clips):
+        raise DemoError(
+            f"{annotations}: found no caption of a video in {videos}, expected some; check --format and paths"
+        )
+    own = compose.compose(clips, seed=0, num_interactions=int(INTERACTIONS * OWN_SHARE), name="own")
+    whole = json.loads((out / "source" / "IVCR-200K.json").read_text(encoding="utf-8"))
+    for folder, rows in (("both", (*whole, *own)), ("asked", questions(clips))):
+        (out / folder).mkdir(exist_ok=True)
+        compose.write_json(out / folder / "IVCR-200K.json", rows)
+    linked = out / "both" / "videos"
+    linked.mkdir(exist_ok=True)
+    for source in (out / "source" / "videos", videos):
+        for entry in sorted(source.iterdir()):
+            link = linked / entry.name
+            if link.is_symlink() and link.resolve() != entry.resolve():
+                raise DemoError(f"{entry}: found a name that the synthetic source has too; rename it")
+            if not link.is_symlink():
+                link.symlink_to(entry.resolve())
+
+
+def questions(clips: Sequence[captions.Clip]) -> Iterator[dict[str, Any]]:
+    """For each clip and language a dialogue: its first caption, then each of its moments."""
+    for clip in clips:
+        for language, (caption, *_) in clip.captions.items():
+            asked: list[tuple[str, list[float]]] = [(caption, [*compose.NO_SPAN])]
+            asked += [(m.captions[language], [m.start, m.end]) for m in clip.moments if language in m.captions]
+            messages = [
+                message
+                for words, span in asked
+                for message in (
+                    {"from": "human", "value": words},
+                    {"from": "gpt", "value": "video 1", "video_id": clip.video, "gt_se": span},
+                )
+            ]
+            yield {"id": f"{clip.video} {language}", "split": "test", "type": [2], "conversations": messages}
+
+
+def write_scripts(out: pathlib.Path, videos: bool, annotations: bool) -> None:
+    """What is said in the conversations: a test dialogue's words, those of a captioned video, or WORDS."""
+    folder = out / ("asked" if videos else "data") / "ivcr200k"
+    for language in LANGUAGES:
+        lines: tuple[str, ...] = WORDS[language]
+        if annotations or not videos:
+            store = DialogueStore(folder, "test")
+            told = (store[number] for number in range(len(store)))
+            fitting = next((each for each in told if _tells(each, language)), None)
+            lines = tuple(turn.user for turn in fitting.turns[:4]) if fitting else lines
+        with atomic(out / f"script-{language}.txt") as temporary:
+            temporary.write_text("".join(f"{' '.join(line.split())}\n" for line in lines), encoding="utf-8")
+
+
+def _tells(dialogue: Dialogue, language: str) -> bool:
+    """Whether a dialogue begins with a search and a moment, in a language."""
+    intents = [turn.intent for turn in dialogue.turns]
+    return intents[:2] == [Intent.VIDEO, Intent.MOMENT] and dialogue.turns[0].language == language
+
+
+def run(found: Sequence[Stage], out: pathlib.Path) -> dict[str, float]:
+    """Carries out the stages that are not done; seconds of each by name, those of earlier runs included.
+
+    Raises DemoError for one that fails, with its last words.
+    """
+    (out / "log").mkdir(parents=True, exist_ok=True)
+    times = json.loads((out / "times.json").read_text()) if (out / "times.json").exists() else {}
+    for number, stage in enumerate(found, 1):
+        done = out / "log" / f"{stage.name}.done"
+        print(f"[{number}/{len(found)}] {stage.what}", end=" " if done.exists() else "\n", flush=True)
+        if done.exists():
+            print(f"(done before, {times.get(stage.name, 0):.0f} s)")
+            continue
+        log, started = out / "log" / f"{stage.name}.txt", time.monotonic()
+        try:
+            if callable(stage.work):
+                stage.work()
+            else:
+                _watched(stage, log)
+            done.touch()
+        finally:
+            times[stage.name] = times.get(stage.name, 0) + time.monotonic() - started
+            with atomic(out / "times.json") as temporary:
+                temporary.write_text(json.dumps(times))
+    return times
+
+
+def _watched(stage: Stage, log: pathlib.Path) -> None:
+    """Runs a command; shows the last line of its log now and then."""
+    environment = {
+        # Of the processor's devices; and as docs/training.md advises.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={stage.devices}",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    assert not callable(stage.work)
+    with log.open("ab") as file:
+        file.write(f"+ python -m {' '.join(stage.work)}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            [sys.executable, "-m", *stage.work], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            told = time.monotonic()
+            while process.poll() is None:
+                time.sleep(0.2)
+                if time.monotonic() - told > (1.0 if sys.stdout.isatty() else EVERY):
+                    told = time.monotonic()
+                    _show(_last(log))
+        except KeyboardInterrupt:
+            process.wait()  # it has been told too, and keeps what it has
+            raise
+        finally:
+            process.poll() is None and process.terminate()  # type: ignore[func-returns-value]
+    if sys.stdout.isatty():
+        _show("")
+    if process.returncode:
+        raise DemoError(f"{stage.what} failed: {_last(log)}\nall it said is in {log}; mend that, and run this again")
+
+
+def _show(line: str) -> None:
+    width = shutil.get_terminal_size().columns - 6
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K    {line[:width]}" if line else "\r\x1b[K", end="", flush=True)
+    else:
+        print(f"    {line[:100]}", flush=True)
+
+
+def _last(log: pathlib.Path) -> str:
+    """The last line that says something; of one that was written over, what stands."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        text = file.read().decode(errors="replace")
+    lines = [line.split("\r")[-1].strip() for line in text.rstrip().split("\n")]
+    return next((line for line in reversed(lines) if line), "")
+
+
+def table(out: pathlib.Path, times: Mapping[str, float], found: Sequence[Stage]) -> str:
+    """What came of it, for the terminal."""
+    figures = {name: _cells(out / name) for name in ("evaluation", "untrained")}
+    lines = [f"{'':24}{'untrained':>10}{'trained':>10}  95 % interval{'en':>9}{'zh':>7}{'n':>6}"]
+    for label, (protocol, metric, factor) in TABLE.items():
+        before, after = (_row(figures[name][protocol], metric, factor) for name in ("untrained", "evaluation"))
+        lines.append(f"{label:24}{before[0]:>10}{after[0]:>10}  {after[1]:13}{after[2]:>9}{after[3]:>7}{after[4]:>6}")
+    if (out / "own").exists():
+        own = _cells(out / "own")["gold"]
+        lines += ["", "Your videos, asked for with the captions and moments they were trained on, from other frames:"]
+        for label, metric in (
+            ("R@1 of all of them, %", "retrieval_r1"),
+            ("Moment R@1, IoU 0.5, %", "moment_r1_iou_0.5"),
+        ):
+            shown = _row(own, metric, 100)
+            lines.append(f"{label:24}{'':>10}{shown[0]:>10}  {shown[1]:13}{shown[2]:>9}{shown[3]:>7}{shown[4]:>6}")
+        lines.append("This shows that the models can learn real footage, not that they know any other.")
+    lines += ["", *(f"{stage.what:45}{times.get(stage.name, 0):>6.0f} s" for stage in found)]
+    lines.append(f"{'in all, without installing':45}{sum(times.get(stage.name, 0) for stage in found):>6.0f} s")
+    return "\n".join(lines)
+
+
+def _cells(folder: pathlib.Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))["protocols"]
+
+
+def _row(summary: Mapping[str, Any], metric: str, factor: float) -> list[str]:
+    """A figure, its interval, and those of the languages, and n. BLEU has one a language, and none of both."""
+    overall, languages = summary["overall"], summary["by"]["language"]
+    if metric == "bleu":
+        each = [overall.get(f"bleu_{language}") for language in LANGUAGES]
+        whole = None
+    else:
+        each = [languages.get(language, {}).get(metric) for language in LANGUAGES]
+        whole = overall.get(metric)
+    shown = ["" if cell is None else f"{cell['value'] * factor:.1f}" for cell in (whole, *each)]
+    between = ""
+    if whole and whole["low"] is not None:
+        between = f"{whole['low'] * factor:.1f} to {whole['high'] * factor:.1f}"
+    count = sum(cell["n"] for cell in each if cell)
+    return [shown[0], between, shown[1], shown[2], str(count)]
+
+
+def check(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.Path | None, form: str) -> None:
+    """Raises DemoError where it cannot be begun, before hours are lost."""
+    if annotations and not videos:
+        raise DemoError("found ANNOTATIONS without VIDEOS; give both: make demo VIDEOS=DIR ANNOTATIONS=FILE")
+    if videos and not videos.is_dir():
+        raise DemoError(f"{videos}: found no folder; give one of videos")
+    if videos and not any(path.suffix.lower() in VIDEO_SUFFIXES for path in videos.rglob("*")):
+        raise DemoError(f"{videos}: found no video in it (.mp4, .mkv, .webm, ...); give a folder that has some")
+    if annotations and not annotations.is_file():
+        raise DemoError(f"{annotations}: found no file; give one of captions")
+    if not pathlib.Path(CONFIG).exists():
+        raise DemoError(f"found no {CONFIG} here; run this in the project's folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(out).free) < NEEDED and not (out / "export").exists():
+        raise DemoError(f"{out}: found {free / 2**30:.1f} GiB of free disk, expected {NEEDED / 2**30:.0f}; free some")
+    made_from = json.dumps([str(videos), str(annotations), form if annotations else None])
+    before = out / "made_from.json"
+    if before.exists() and before.read_text() != made_from:
+        raise DemoError(f"{out}: found what was made from other videos; give another --out, or remove it")
+    before.write_text(made_from)
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is not done yet, and shows what came of it."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
+    args = flags.FLAGS
+    out = pathlib.Path(args.out).resolve()
+    videos, annotations = (pathlib.Path(each).resolve() if each else None for each in (args.videos, args.annotations))
+    try:
+        check(out, videos, annotations, args.format)
+        found = stages(out, videos, annotations, args.format)
+        times = run(found, out)
+        print(f"\n{table(out, times, found)}\n")
+    except (DemoError, OSError) as error:
+        sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        print("\ndemo: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    for language in LANGUAGES:
+        print(f"the conversation ({language}), to open in a browser: {out}/conversation-{language}.html")
+    print(f"the evaluation: {out}/evaluation/report.md")
+    corpus = out / "corpus" if videos else out / "evaluation" / "corpus"
+    print(f"to converse yourself: {sys.executable} -m ivcr_jax.chat --export={out}/export --corpus={corpus}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", "build/demo", "Where everything is kept.")
+    flags.DEFINE_string("videos", None, "A folder of your own videos.")
+    flags.DEFINE_string("annotations", None, "What is seen in them.")
+    flags.DEFINE_enum("format", "manifest", captions.FORMATS, "Of the annotations.")
+    app.run(main)
