@@ -85,7 +85,7 @@ def held(predictions: int) -> Iterator[tuple[Dialogue, list[records.Prediction]]
 
 
 def made_turn(rng: random.Random, language: str, intent: Intent) -> Turn:
-    """Its answer has three sentences: some 40 English words, or 60 Chinese characters."""
+    """Its answer has three sentences: 46 English words, or some 60 Chinese characters."""
     listed = tuple(rng.sample(VIDEOS, 10))
     truth = rng.choice(listed)
     begin = round(rng.uniform(0, 60), 1)
