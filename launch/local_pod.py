@@ -3,10 +3,10 @@
     python -m launch.local_pod --processes=N --devices=M [--kill=PROCESS@STEP] [--restarts=R] [--logs=DIR] [--dry_run]
         -- COMMAND...
 
-Each process is COMMAND with --coordinator, --processes and --process_id behind it. When one dies the others are killed, and
-the whole pod starts again, up to R times: a training run goes on where its newest checkpoint stands. What each says is in
-DIR/process-I.log; of the first it is shown too. Status: 0, or that of the first that died (128 + N for signal N); told to
-stop by a signal, it passes SIGTERM on, waits until the run has saved, and ends with 128 + N.
+Each process is COMMAND with --coordinator, --processes and --process_id behind it. When one dies the others are killed,
+and the whole pod starts again, up to R times: a training run goes on where its newest checkpoint stands. What each says
+is in DIR/process-I.log; of the first it is shown too. Status: 0, or that of the first that died (128 + N for signal N);
+told to stop by a signal, it passes SIGTERM on, waits until the run has saved, and ends with 128 + N.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from absl import app, flags
@@ -73,7 +73,13 @@ class Pod:
         """What is set in each process's environment."""
         kept = re.sub(r"--xla_force_host_platform_device_count=\d+\s*", "", os.environ.get("XLA_FLAGS", ""))
         count = f"--xla_force_host_platform_device_count={self.devices}"
-        return {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "XLA_FLAGS": f"{kept} {count}".strip()}
+        return {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{kept} {count}".strip(),
+            # Only the first process finds its programs in the cache; while the others compile its patience may end.
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
 
     def log(self, process: int) -> pathlib.Path:
         """Where a process's output goes."""
@@ -108,13 +114,15 @@ class Pod:
                     print(whole, flush=True)
                 dead = [(index, code) for index, code in enumerate(codes) if code]
                 if ended or (dead and not self.told):
+                    if kill and not dead:
+                        say(f"all ended before process {kill.process} was to be killed")
                     return dead[0] if dead else None
                 if self.told and waited is None:
                     waited = time.monotonic()
                     for process in running:
                         process.terminate()
                 if waited is not None and time.monotonic() - waited > PATIENCE:
-                    say(f"still running {PATIENCE:.0f} s after they were told to stop; killed")
+                    say(f"processes still ran {PATIENCE:.0f} s after they were told to stop; killed")
                     return None
                 if kill and _due(kill, whole, time.monotonic() - begun):
                     say(f"killing process {kill.process}, as asked")
@@ -143,10 +151,8 @@ class Pod:
             yield running
         finally:
             for process in running:
-                try:
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 process.wait()
 
     def tell(self, number: int, _: FrameType | None) -> None:
