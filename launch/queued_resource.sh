@@ -54,22 +54,24 @@ fi
 
 pause() {
   sleep "$poll" &
-  wait $! # unlike the sleep itself, this ends when a signal comes
+  sleeping=$!
+  wait "$sleeping" # unlike the sleep itself, this ends when a signal comes
+  sleeping=''
 }
 
 # The state of the request; GONE where there is none; nothing where gcloud could not say.
 state() {
   local found
-  if found=$("${describe[@]}" 2>&1 </dev/null); then
-    echo "${found##*$'\n'}"
-  elif [[ $found == *NOT_FOUND* || $found == *'not found'* ]]; then
+  if found=$("${describe[@]}" 2>"$errors" </dev/null); then
+    echo "$found"
+  elif grep -qi -e NOT_FOUND -e 'not found' "$errors"; then
     echo GONE
   else
-    say "$found"
+    cat "$errors" >&2
   fi
 }
 
-owned='' running=''
+owned='' running='' sleeping='' errors=$(mktemp)
 give_back() {
   local try
   [[ $owned ]] || return 0
@@ -88,11 +90,13 @@ give_back() {
 end() {
   local status=$?
   trap '' INT TERM HUP
+  [[ -z $sleeping ]] || kill "$sleeping" 2>/dev/null || true
   if [[ $running ]]; then # it lets the command save first
     kill -TERM "$running" 2>/dev/null || true
     wait "$running" || true
   fi
   give_back || status=1
+  rm -f "$errors"
   exit "$status"
 }
 trap end EXIT

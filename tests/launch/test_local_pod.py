@@ -168,9 +168,7 @@ def test_when_to_kill():
 def test_a_pod_with_a_killed_process_goes_on_bit_for_bit(world, tmp_path):
     # The retriever alone compiles fast, which each of the processes does at each start.
     rules = ((r".*\.vit\.(?!head).*", 0.0), (".*", 1.0))
-    config = world.config(
-        losses=LossConfig(0, 0, 0, 0, 0, contrastive=1.0), optim={"rules": rules}
-    )
+    config = world.config(losses=LossConfig(0, 0, 0, 0, 0, contrastive=1.0), optim={"rules": rules})
     file = tmp_path / "config.py"
     file.write_text(
         f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({to_dict(config)!r})\n"
