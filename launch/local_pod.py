@@ -102,8 +102,9 @@ class Pod:
         """
         begun = time.monotonic()
         waited = None
+        before = self.log(0).stat().st_size if self.log(0).exists() else 0
         with self._started() as running, self.log(0).open(errors="replace") as shown:
-            shown.seek(0, os.SEEK_END)
+            shown.seek(before)
             line = ""
             while True:
                 codes = [process.poll() for process in running]

@@ -86,6 +86,21 @@ def test_all_processes_are_one_job_and_each_has_a_log(tmp_path):
     assert [len(found) for found in pids(tmp_path).values()] == [1, 1, 1]
 
 
+def test_what_the_first_says_while_others_are_still_started_is_shown_and_what_a_log_held_before_is_not(tmp_path):
+    (tmp_path / "process-0.log").write_text("step 7/9  of a run before\n")
+    flags = ("--devices=1", "--kill=0@5", f"--logs={tmp_path}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.local_pod", "--processes=30", *flags, "--", "sh", "-c", "echo step 1/9"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, said = finish(process, 0)
+    assert out == "step 1/9\n" and "all ended before process 0 was to be killed" in said
+    assert (tmp_path / "process-0.log").read_text() == "step 7/9  of a run before\nstep 1/9\n"
+
+
 def test_a_killed_process_takes_the_others_along_and_all_start_again(tmp_path):
     child = [f"--folder={tmp_path}", "--steps=4"]
     _, said = finish(pod("--devices=3", "--kill=1@2", "--restarts=2", f"--logs={tmp_path}", child=child), 0)
