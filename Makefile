@@ -1,20 +1,33 @@
-# `make test` needs Python 3.11 to 3.13 and nothing else: it makes .venv, installs everything, and runs every check.
+# Python 3.11 to 3.13 and make are all that is needed: everything else is installed into .venv.
+#   make demo [VIDEOS=DIR [ANNOTATIONS=FILE]]   the whole of it on this machine, in a quarter of an hour
+#   make test                                   every check
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 CODE = ivcr_jax configs tfds_builder launch tests setup.py
 export TF_CPP_MIN_LOG_LEVEL = 3
 
-.PHONY: install test test-full lint format sample benchmark learning clean
+# What went wrong is said in one sentence, above which pip says more.
+NO_INSTALL = { echo "make: installing failed; it needs a network for the first time, and 3 GB of disk" >&2; exit 1; }
+
+.PHONY: install demo test test-full lint format sample benchmark learning clean
 
 install: $(VENV)/installed
 
-$(VENV)/installed: setup.py
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v.major}.{v.minor} found; expected 3.11 to 3.13: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[build,convert,dev,eval]'
+$(VENV)/installed: $(VENV)/light
+	$(BIN)/pip install --quiet --editable '.[build,convert,dev,eval]' || $(NO_INSTALL)
 	touch $@
+
+# What converting, TFDS's own builds and tests need is 3 GB more.
+$(VENV)/light: setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v[0]}.{v[1]} found; expected 3.11 to 3.13: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip || $(NO_INSTALL)
+	$(BIN)/pip install --quiet --editable '.[eval]' || $(NO_INSTALL)
+	touch $@
+
+demo: $(VENV)/light
+	@$(BIN)/python -m launch.demo --out=build/demo$(if $(VIDEOS),-own --videos="$(VIDEOS)")$(if $(ANNOTATIONS), --annotations="$(ANNOTATIONS)")
 
 test: install lint
 	$(BIN)/python -m pytest -n 2 --durations=10 -m "not full"

@@ -28,9 +28,6 @@ from ivcr_jax.data.store import DialogueStore
 
 CONFIG = "configs/tiny.py"
 DEVICES = 8  # virtual, on the processor
-VIDEOS, INTERACTIONS = 3000, 20_000  # of the synthetic source
-OWN_SHARE = 1.0  # questions about captioned videos, as a share of INTERACTIONS
-HELD = 120  # test dialogues that are evaluated
 NEEDED = 2 * 2**30  # bytes of disk
 EVERY = 20.0  # seconds between two lines of progress, where they do not replace each other
 # Messages to videos that nobody has described.
@@ -48,6 +45,25 @@ TABLE = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+      videos, interactions: of the synthetic source; as many questions are about captioned videos of one's own.
+      held: test dialogues that are evaluated.
+      steps: by stage, where they are not the configuration's.
+    """
+
+    videos: int = 3000
+    interactions: int = 20_000
+    held: int = 120
+    steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+OWN = Size(steps={"retriever": 800})  # few videos, seen often: their moments take longer
+
+
 class DemoError(Exception):
     """Why it cannot go on, in one sentence that says what to do."""
 
@@ -63,7 +79,9 @@ class Stage:
     devices: int = 1
 
 
-def stages(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.Path | None, form: str) -> list[Stage]:
+def stages(
+    out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.Path | None, form: str, size: Size
+) -> list[Stage]:
     """Everything there is to do, in order."""
     both = out / ("both" if annotations else "source")
     data, init, features, model = out / "data", out / "init", out / "features", out / "export"
@@ -72,7 +90,11 @@ def stages(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.
     def train(stage: str, run: str, begin: pathlib.Path) -> list[str]:
         given = {"init": begin, "data.dialogues": data / "ivcr200k", "data.videos": features}
         settings = [f"--config.{name}={value}" for name, value in given.items()]
-        return ["ivcr_jax.train", f"--config={CONFIG}:{stage}", f"--workdir={out / run}", *settings]
+        return ["ivcr_jax.train", f"--config={CONFIG}:{stage}", f"--workdir={out / run}", *settings,
+                *steps(stage, "config.steps")]  # fmt: skip
+
+    def steps(stage: str, flag: str) -> list[str]:
+        return [f"--{flag}={size.steps[stage]}"] if stage in size.steps else []
 
     def build(dataset: str, source: pathlib.Path, folder: pathlib.Path, *more: str) -> list[str]:
         return ["tfds_builder.build", f"--dataset={dataset}", f"--manual_dir={source}", f"--data_dir={folder}", *more]
@@ -81,14 +103,15 @@ def stages(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.
         export: pathlib.Path, shown: str, to: str, protocols: str = "gold,e2e", of: str = dialogues
     ) -> list[str]:
         return ["ivcr_jax.evaluate", f"--export={export}", f"--{shown}", of, f"--out={out / to}",
-                f"--protocols={protocols}", "--shuffles=0", f"--dialogues_at_most={HELD}",
+                f"--protocols={protocols}", "--shuffles=0", f"--dialogues_at_most={size.held}",
                 f"--cache={out / 'cache'}"]  # fmt: skip
 
     def talk(language: str, corpus: pathlib.Path) -> list[str]:
         return ["ivcr_jax.chat", f"--export={model}", f"--corpus={corpus}", f"--script={out}/script-{language}.txt",
                 f"--report={out}/conversation-{language}.html", f"--cache={out / 'cache'}"]  # fmt: skip
 
-    synth = ["ivcr_jax.data.synth", f"--out={out / 'source'}", f"--videos={VIDEOS}", f"--interactions={INTERACTIONS}"]
+    synth = ["ivcr_jax.data.synth", f"--out={out / 'source'}", f"--videos={size.videos}",
+             f"--interactions={size.interactions}"]  # fmt: skip
     pretrain = [
         "ivcr_jax.pretrain",
         f"--config={CONFIG}",
@@ -96,11 +119,14 @@ def stages(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.
         dialogues,
         stored,
         f"--out={init}",
+        *steps("pretrain", "steps"),
     ]
     encode = ["ivcr_jax.encode", f"--model={init}", "--tower=model", stored, f"--out={features}", "--dtype=float32"]
     found = [Stage("source", "drawing and describing the synthetic videos", synth)]
     if videos and annotations:
-        found.append(Stage("compose", "dialogues about your videos", lambda: join(out, videos, annotations, form)))
+        found.append(
+            Stage("compose", "dialogues about your videos", lambda: join(out, videos, annotations, form, size))
+        )
     found += [
         Stage("dialogues", "building the dataset of dialogues", build("ivcr200k", both, data)),
         Stage("videos", "decoding every video once", build("ivcr200k_videos", both, data, "--frames=24", "--size=48",
@@ -133,7 +159,7 @@ def stages(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.
     return found
 
 
-def join(out: pathlib.Path, videos: pathlib.Path, annotations: pathlib.Path, form: str) -> None:
+def join(out: pathlib.Path, videos: pathlib.Path, annotations: pathlib.Path, form: str, size: Size) -> None:
     """Writes the two sources as one (OUT/both), and questions for the captioned videos (OUT/asked).
 
     Raises DemoError where no video of the folder is described, or a name is in both.
@@ -146,7 +172,7 @@ def join(out: pathlib.Path, videos: pathlib.Path, annotations: pathlib.Path, for
         raise DemoError(
             f"{annotations}: found no caption of a video in {videos}, expected some; check --format and paths"
         )
-    own = compose.compose(clips, seed=0, num_interactions=int(INTERACTIONS * OWN_SHARE), name="own")
+    own = compose.compose(clips, seed=0, num_interactions=size.interactions, name="own")
     whole = json.loads((out / "source" / "IVCR-200K.json").read_text(encoding="utf-8"))
     for folder, rows in (("both", (*whole, *own)), ("asked", questions(clips))):
         (out / folder).mkdir(exist_ok=True)
@@ -340,6 +366,14 @@ def check(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.P
     before.write_text(made_from)
 
 
+def _define_flags() -> None:
+    # Not at import: another program may import this module and have flags of the same names.
+    flags.DEFINE_string("out", "build/demo", "Where everything is kept.")
+    flags.DEFINE_string("videos", None, "A folder of your own videos.")
+    flags.DEFINE_string("annotations", None, "What is seen in them.")
+    flags.DEFINE_enum("format", "manifest", captions.FORMATS, "Of the annotations.")
+
+
 def main(argv: list[str]) -> None:
     """Runs what is not done yet, and shows what came of it."""
     if len(argv) > 1:
@@ -349,7 +383,7 @@ def main(argv: list[str]) -> None:
     videos, annotations = (pathlib.Path(each).resolve() if each else None for each in (args.videos, args.annotations))
     try:
         check(out, videos, annotations, args.format)
-        found = stages(out, videos, annotations, args.format)
+        found = stages(out, videos, annotations, args.format, OWN if annotations else Size())
         times = run(found, out)
         print(f"\n{table(out, times, found)}\n")
     except (DemoError, OSError) as error:
@@ -365,8 +399,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", "build/demo", "Where everything is kept.")
-    flags.DEFINE_string("videos", None, "A folder of your own videos.")
-    flags.DEFINE_string("annotations", None, "What is seen in them.")
-    flags.DEFINE_enum("format", "manifest", captions.FORMATS, "Of the annotations.")
+    _define_flags()
     app.run(main)
