@@ -25,6 +25,7 @@ from ivcr_jax.data import captions, compose
 from ivcr_jax.data.dialogue import LANGUAGES, VIDEO_SUFFIXES, Dialogue, Intent
 from ivcr_jax.data.manifest import atomic
 from ivcr_jax.data.store import DialogueStore
+from launch.local_pod import die_with_parent
 
 CONFIG = "configs/tiny.py"
 DEVICES = 8  # virtual, on the processor
@@ -264,8 +265,9 @@ def _watched(stage: Stage, log: pathlib.Path) -> None:
         file.write(f"+ python -m {' '.join(stage.work)}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            [sys.executable, "-m", *stage.work], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+            [sys.executable, "-m", *stage.work], stdout=file, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True, preexec_fn=die_with_parent,
+        )  # fmt: skip
         try:
             told = time.monotonic()
             while process.poll() is None:
@@ -273,11 +275,10 @@ def _watched(stage: Stage, log: pathlib.Path) -> None:
                 if time.monotonic() - told > (1.0 if sys.stdout.isatty() else EVERY):
                     told = time.monotonic()
                     _show(_last(log))
-        except KeyboardInterrupt:
-            process.wait()  # it has been told too, and keeps what it has
-            raise
         finally:
-            process.poll() is None and process.terminate()  # type: ignore[func-returns-value]
+            if process.poll() is None:
+                process.terminate()  # a training saves
+                process.wait()
     if sys.stdout.isatty():
         _show("")
     if process.returncode:
