@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-CODE = ivcr_jax configs tfds_builder tests setup.py
+CODE = ivcr_jax configs launch tfds_builder tests setup.py
 export TF_CPP_MIN_LOG_LEVEL = 3
 
 .PHONY: install test test-full lint format sample benchmark learning clean
@@ -25,7 +25,7 @@ test-full: install
 lint: install
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/mypy ivcr_jax configs tfds_builder tests/benchmarks/learning.py
+	$(BIN)/mypy ivcr_jax configs launch tfds_builder tests/benchmarks/learning.py
 
 format: install
 	$(BIN)/ruff check --fix $(CODE)

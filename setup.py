@@ -68,9 +68,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["ivcr_jax*", "tfds_builder*", "configs*"]),
+    packages=find_packages(include=["ivcr_jax*", "tfds_builder*", "configs*", "launch*"]),
     package_data={
         "ivcr_jax": ["metrics/*.txt"],
+        "launch": ["*.sh", "*.yaml"],
         "tfds_builder": ["*/README.md", "*/CITATIONS.bib", "*/TAGS.txt", "*/checksums.tsv"],
     },
     install_requires=RUNTIME,

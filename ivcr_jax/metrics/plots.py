@@ -32,7 +32,7 @@ TITLES = {
 NAMES = (*TITLES,)
 LONGEST = 16  # letters of a label
 MOST = 12  # groups of a panel; the tables have all
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd",
     "axes.axisbelow": True, "figure.dpi": 110, "savefig.dpi": 110, "axes.titlesize": 10,
@@ -44,7 +44,7 @@ Series = Mapping[str, Mapping[str, Cell]]  # protocol -> group -> cell
 def draw(folder: pathlib.Path, summaries: Mapping[str, Summary], labels: Mapping[str, str]) -> dict[str, str]:
     """Writes the plots that there are figures for; their titles by file name. `labels` are the metrics'."""
     drawn = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, figure in _figures(summaries, labels):
             if figure is not None:
                 figure.savefig(folder / name, metadata={"Software": None})

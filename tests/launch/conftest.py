@@ -1,0 +1,98 @@
+"""Sweeps of the smallest runs there are: of the world of tests/training the first stage alone, on one device."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs.retriever import CONTRASTIVE
+from ivcr_jax.config import to_dict
+from ivcr_jax.sharding import MeshConfig
+from tests.training.conftest import ROOT, STEPS, world  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def file(world, tmp_path_factory):  # noqa: F811
+    """A config of runs of a few seconds. Its sweep is what SWEEP holds: one JSON [argument, overrides] a run."""
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    config = world.config(
+        model=None,
+        losses=CONTRASTIVE,
+        optim={"rules": ((r".*\.vit\.(?!head).*", 0.0), (".*", 1.0))},
+        mesh=MeshConfig(),
+        data={"batch_size": 2},
+        checkpoint={"every": 1},
+    )
+    path.write_text(
+        "import json\nimport os\n\nfrom ml_collections import ConfigDict\n\n\n"
+        f"def get_config(arg=''):\n    values = {to_dict(config)!r}\n"
+        "    if arg:\n        values['seed'] = int(arg)\n"
+        "    return ConfigDict(values)\n\n\n"
+        "def sweep(add):\n    for own, overrides in json.loads(os.environ['SWEEP']):\n        add(own, **overrides)\n"
+    )
+    return path
+
+
+class Command:
+    """`python -m launch.sweep` on a folder. Attributes: file: of the config. out: the sweep's folder."""
+
+    def __init__(self, file: pathlib.Path, out: pathlib.Path) -> None:
+        self.file, self.out = file, out
+
+    def start(self, runs, *more):
+        """Starts it. `runs` are the sweep's; its output is one text."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch.sweep", f"--config={self.file}", f"--out={self.out}", *more],
+            cwd=ROOT,
+            env=os.environ | {"SWEEP": json.dumps(runs), "XLA_FLAGS": one_device(), "TF_CPP_MIN_LOG_LEVEL": "3"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def __call__(self, runs, *more, status=0):
+        """What it says until it ends, with this status."""
+        process = self.start(runs, *more)
+        said, _ = process.communicate(timeout=400)
+        assert process.returncode == status, said[-4000:]
+        return said
+
+    def entries(self):
+        """The manifest's, by name."""
+        return {each["name"]: each for each in json.loads((self.out / "sweep.json").read_text())["runs"]}
+
+    def pid(self, name):
+        """Of a run that is going."""
+        return int((self.out / name / "lock").read_text())
+
+
+@pytest.fixture
+def sweep(file, tmp_path):
+    return Command(file, tmp_path / "out")
+
+
+def one_device():
+    return os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+
+
+def until(condition, process, seconds=120):
+    """Waits for something while a process goes on."""
+    last = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < last, "it never came to that"
+        time.sleep(0.02)
+
+
+def kill(pid, number=signal.SIGKILL):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+__all__ = ["STEPS"]
