@@ -50,13 +50,12 @@ class Backend:
         train = ["-m", "ivcr_jax.train", *flags, f"--workdir={workdir}"]
         if self.name == "local":
             return [sys.executable, *train]
-        job, there = job_name(workdir), ["--", "python", *train, "--distributed"]
-        if self.name == "slurm":
+        job, there = job_name(workdir), ["--", "python", *train]
+        if self.name == "slurm":  # whose script tells the processes of each other
             return [str(FOLDER / "slurm.sh"), f"--job_name={job}", *self.args, *there]
+        there.append("--distributed")
         if self.name == "gke":
-            return [
-                sys.executable, "-m", "launch.gke", f"--name={job}", *self.args, *["--apply"] * (not self.dry), *there
-            ]  # fmt: skip
+            return [sys.executable, "-m", "launch.gke", f"--name={job}", *self.args, *there]
         if self._named:
             return [str(FOLDER / "run_tpu.sh"), *self.args, *there]
         return [str(FOLDER / "queued_resource.sh"), f"--name={job}", *self.args, *there]

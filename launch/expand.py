@@ -123,8 +123,8 @@ def _configured(module: ModuleType, file: str, argument: str, given: Sequence[st
     except ValueError as error:
         raise ValueError(f"--config={file}:{argument}: {error}") from None
     known = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", values, flag_values=known, sys_argv=["", *given])
     try:
+        config_flags.DEFINE_config_dict("config", values, flag_values=known, sys_argv=["", *given])
         known(["", *given])
     except AttributeError as error:
         lacking = str(error).strip("'\"")

@@ -124,7 +124,7 @@ def read(out: pathlib.Path) -> Manifest:
     body = {name: value for name, value in found.items() if name not in ("sweep", "sha256")}
     if found.get("sha256") != _sha256(body):
         raise ValueError(f"{path}: found other contents than were written; was it edited? {mend}")
-    entries = [Entry(**values) for values in body["runs"]]
+    entries = [Entry(**values | {"command": tuple(values["command"])}) for values in body["runs"]]
     return Manifest(out, body["workdirs"] or str(out), {entry.name: entry for entry in entries})
 
 

@@ -138,14 +138,18 @@ class Sweep:
         with (folder / "stdout.txt").open("ab") as out, (folder / "stderr.txt").open("ab") as err:
             err.write(f"{_head(entry)}\n".encode())
             err.flush()
-            process = subprocess.Popen(
-                line,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                pass_fds=[lock.fd],
-                start_new_session=True,  # Ctrl-C is the sweep's: a run is told by SIGTERM, and saves
-            )
+            try:
+                process = subprocess.Popen(
+                    line,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    pass_fds=[lock.fd],
+                    start_new_session=True,  # Ctrl-C is the sweep's: a run is told by SIGTERM, and saves
+                )
+            except OSError:  # no run is to blame where the script is not there
+                self._held.put(before)
+                raise
         lock.note(process.pid)
         self._jobs[name] = _Job(process, lock, process.pid)
         self._say(f"{name}: started" + (f", attempt {entry.attempts}" if entry.attempts > 1 else ""))
@@ -153,16 +157,14 @@ class Sweep:
     def _stop_all(self) -> None:
         """Tells all runs to save and end; to hand a job to a scheduler takes seconds, and is left to end by itself."""
         for name, job in [*self._jobs.items()]:
-            backend = self._held.entries[name].backend
-            if backend in SUBMIT or _ended(job, self._lock_of(name)):
+            if self._held.entries[name].backend in SUBMIT or _ended(job, self._lock_of(name)):
                 continue
             if not job.pid:  # its sweep was killed before it could note whom it had started
                 self._say(f"{name}: goes on, as nobody knows its process; the next sweep waits for it")
                 del self._jobs[name]
                 continue
             with contextlib.suppress(ProcessLookupError):
-                # A script's own children too; of a run the main process alone, which ends those that read its data.
-                (os.kill if backend == "local" else os.killpg)(job.pid, signal.SIGTERM)
+                os.kill(job.pid, signal.SIGTERM)  # and not to its group: it ends its own children when it has saved
 
     def _conclude(self, name: str, told: bool) -> Entry:
         """Notes how a run ended."""
@@ -180,12 +182,23 @@ class Sweep:
             words = f"{status}, step {entry.step}"
         else:
             entry = dataclasses.replace(
-                entry, status="failed", failures=entry.failures + 1, error=_error(code, self._held.out / name, entry)
+                entry, status="failed", failures=entry.failures + 1, error=self._error(code, entry)
             )
             words = f"failed: {report.last_line(entry.error)}"
         self._held.put(entry)
         self._say(f"{name}: {words}")
         return entry
+
+    def _error(self, code: int, entry: Entry) -> str:
+        """What a run said last on stderr, or what its exit status says where it said nothing of its own."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        if code == 0:
+            where, last = self._held.workdir(entry.name), entry.values["steps"]
+            return f"told to stop by another, or not seen from here: no checkpoint of step {last} in {where}"
+        text = (self._held.out / entry.name / "stderr.txt").read_text(errors="replace")
+        said = [line for line in text.rpartition(_head(entry))[2].splitlines() if line.strip()]
+        return "\n".join(said[-TAIL:]) or f"exit status {code}"
 
     def _lock_of(self, name: str) -> pathlib.Path:
         return self._held.out / name / "lock"
@@ -211,17 +224,6 @@ def _ended(job: _Job, lock: pathlib.Path) -> bool:
 
 def _head(entry: Entry) -> str:
     return f"--- attempt {entry.attempts}: {shlex.join(entry.command)}"
-
-
-def _error(code: int, folder: pathlib.Path, entry: Entry) -> str:
-    """What a run said last on stderr, or what its exit status says where it said nothing of its own."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    if code == 0:
-        return f"ended after step {entry.step} of {entry.values['steps']}, told to stop by another"
-    text = (folder / "stderr.txt").read_text(errors="replace")
-    said = [line for line in text.rpartition(_head(entry))[2].splitlines() if line.strip()]
-    return "\n".join(said[-TAIL:]) or f"exit status {code}"
 
 
 def selected(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
