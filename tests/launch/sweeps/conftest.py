@@ -14,7 +14,10 @@ import pytest
 from configs.retriever import CONTRASTIVE
 from ivcr_jax.config import to_dict
 from ivcr_jax.sharding import MeshConfig
-from tests.training.conftest import ROOT, STEPS, world  # noqa: F401
+from launch import manifest
+from tests.training.conftest import ROOT, world  # noqa: F401
+
+STEPS = 12  # so many that one can be caught in the middle of them
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +31,7 @@ def file(world, tmp_path_factory):  # noqa: F811
         mesh=MeshConfig(),
         data={"batch_size": 2},
         checkpoint={"every": 1},
+        steps=STEPS,
     )
     path.write_text(
         "import json\nimport os\n\nfrom ml_collections import ConfigDict\n\n\n"
@@ -44,10 +48,11 @@ class Command:
 
     def __init__(self, file: pathlib.Path, out: pathlib.Path) -> None:
         self.file, self.out = file, out
+        self._started = []
 
     def start(self, runs, *more):
         """Starts it. `runs` are the sweep's; its output is one text."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "launch.sweep", f"--config={self.file}", f"--out={self.out}", *more],
             cwd=ROOT,
             env=os.environ | {"SWEEP": json.dumps(runs), "XLA_FLAGS": one_device(), "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -55,6 +60,8 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._started.append(process)
+        return process
 
     def __call__(self, runs, *more, status=0):
         """What it says until it ends, with this status."""
@@ -71,17 +78,31 @@ class Command:
         """Of a run that is going."""
         return int((self.out / name / "lock").read_text())
 
+    def end(self):
+        """Kills what a test that failed has left going."""
+        for process in self._started:
+            process.kill()
+            process.communicate()
+        for path in self.out.glob("*/lock"):
+            lock = manifest.take(path)
+            if lock is not None:
+                lock.close()
+            elif path.read_text():
+                kill(int(path.read_text()))
+
 
 @pytest.fixture
 def sweep(file, tmp_path):
-    return Command(file, tmp_path / "out")
+    command = Command(file, tmp_path / "out")
+    yield command
+    command.end()
 
 
 def one_device():
     return os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
 
 
-def until(condition, process, seconds=120):
+def until(condition, process, seconds=300):
     """Waits for something while a process goes on."""
     last = time.monotonic() + seconds
     while not condition():
@@ -93,6 +114,3 @@ def until(condition, process, seconds=120):
 def kill(pid, number=signal.SIGKILL):
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-__all__ = ["STEPS"]
