@@ -12,33 +12,27 @@ from matplotlib.figure import Figure
 
 from ivcr_jax.data.manifest import atomic
 from ivcr_jax.metrics.plots import COLOURS, STYLE
-from launch.report import Ranked, shown
+from launch.report import Ranked, parameters, shown
 
 COLUMNS = 3
-LOG_FROM = 20  # largest over smallest value from which an axis is logarithmic
+LOG_FROM = 8  # largest over smallest value from which an axis is logarithmic
 REST = "#999999"
 
 
-def draw(path: pathlib.Path, found: Ranked, swept: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the picture.
-
-    Args:
-      path: of the PNG.
-      found: the runs by the metric.
-      swept: parameters by path, each with the value of every run by name.
-    """
+def draw(path: pathlib.Path, found: Ranked) -> None:
+    """Writes the picture, a PNG, of the runs that are compared."""
     values = {entry.name: value for entry, value in found.best if not math.isnan(value)}
-    swept = _together(swept)
+    swept = _together(parameters([entry for entry, _ in found.best if entry.name in values]))
     panels = list(swept) or [""]
-    columns = min(COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure((0.6 + 4.2 * columns, 0.6 + 3.4 * rows), layout="constrained")
         figure.suptitle(f"{found.metric} ({'more' if found.mode == 'max' else 'less'} is better)", fontsize=11)
-        for place, name in enumerate(panels, 1):
-            axes = figure.add_subplot(rows, columns, place)
+        for place, name in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, place + 1)
             _panel(axes, name, swept, values, found.best[0][0].name)
-            axes.set_ylabel(found.metric if place % columns == 1 or columns == 1 else "")
+            axes.set_ylabel("" if place % columns else found.metric)
         with atomic(path) as aside:
             figure.savefig(str(aside), format="png", metadata={"Software": None})
 
@@ -59,23 +53,23 @@ def _panel(
     places = _places(axes, [of.get(run) for run in values])
     others = [other for other in swept if other != name]
     groups: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
-    for run in values:
+    for run in sorted(values, key=lambda run: [_order(swept[other][run]) for other in others]):
         groups[tuple(shown(swept[other][run]) for other in others)].append(run)
     joined = {rest: runs for rest, runs in groups.items() if len({repr(of.get(run)) for run in runs}) > 1}
+    differing = [index for index in range(len(others)) if len({each[index] for each in joined}) > 1]
     coloured = len(joined) <= len(COLOURS)
-    for place, (rest, runs) in enumerate(sorted(joined.items())):
+    for place, (rest, runs) in enumerate(joined.items()):
         line = sorted((places[repr(of.get(run))], values[run]) for run in runs)
-        differing = [index for index in range(len(others)) if len({each[index] for each in joined}) > 1]
         label = ", ".join(f"{_short(others[index])} {rest[index]}" for index in differing)
         colour = COLOURS[place] if coloured else REST
         axes.plot(*zip(*line, strict=True), "o-", color=colour, markersize=5, linewidth=1.2, label=label)
-    for rest, runs in groups.items():
-        if rest not in joined:
-            axes.plot([places[repr(of.get(run))] for run in runs], [values[run] for run in runs], "o", color=REST)
+    if alone := [run for rest, runs in groups.items() if rest not in joined for run in runs]:
+        where = [places[repr(of.get(run))] for run in alone]
+        axes.plot(where, [values[run] for run in alone], "o", color=REST, markersize=5, label="other runs")
+    where = [places[repr(of.get(best))]]
     axes.plot(
-        [places[repr(of.get(best))]], [values[best]], "*", color="#000000", markersize=12, markerfacecolor="#ffd700",
-        label="best",
-    )  # fmt: skip
+        where, [values[best]], "*", color="#000000", markersize=12, markerfacecolor="#ffd700", label="best", zorder=3
+    )
     axes.set_xlabel(name)
     if coloured:
         axes.legend(frameon=False, fontsize=8)
@@ -94,6 +88,12 @@ def _places(axes: Axes, values: Sequence[Any]) -> dict[str, float]:
     axes.set_xticks(numbers, [shown(number) for number in numbers])
     axes.set_xticks([], minor=True)
     return {name: float(value) for name, value in distinct.items()}
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers in their order, before all else."""
+    number = isinstance(value, int | float)
+    return not number, float(value) if number else 0.0, str(value)
 
 
 def _short(path: str) -> str:

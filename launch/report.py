@@ -61,11 +61,11 @@ def ranked(held: Manifest, metric: str | None = None, mode: str | None = None) -
 
 
 def parameters(entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
-    """What a sweep varies: by path, each run's value by its name. The config's argument is "config"."""
+    """What differs between runs: by path, each run's value by its name. The config's argument is "argument"."""
     entries = list(entries)
     swept = sorted({path for entry in entries for path in entry.overrides})
     fields = {entry.name: flat(entry.values) for entry in entries}
-    found = {"config": {entry.name: entry.config for entry in entries}} | {
+    found = {"argument": {entry.name: entry.config.partition(":")[2] or "none" for entry in entries}} | {
         path: {name: values.get(path) for name, values in fields.items()} for path in swept
     }
     return {path: of for path, of in found.items() if len({repr(value) for value in of.values()}) > 1}
@@ -77,7 +77,7 @@ def report(held: Manifest, metric: str | None = None, mode: str | None = None) -
 
     found = ranked(held, metric, mode)
     swept = parameters([entry for entry, _ in found.best] + found.rest)
-    plot.draw(held.out / PICTURE, found, swept)
+    plot.draw(held.out / PICTURE, found)
     rows = [
         [str(place), entry.name, entry.status, str(entry.step), f"{value:.5g}", *_values(swept, entry)]
         for place, (entry, value) in enumerate(found.best, 1)

@@ -25,7 +25,6 @@ def file(world, tmp_path_factory):  # noqa: F811
     """A config of runs of a few seconds. Its sweep is what SWEEP holds: one JSON [argument, overrides] a run."""
     path = tmp_path_factory.mktemp("configs") / "small.py"
     config = world.config(
-        model=None,
         losses=CONTRASTIVE,
         optim={"rules": ((r".*\.vit\.(?!head).*", 0.0), (".*", 1.0))},
         mesh=MeshConfig(),
@@ -48,27 +47,44 @@ class Command:
 
     def __init__(self, file: pathlib.Path, out: pathlib.Path) -> None:
         self.file, self.out = file, out
-        self._started = []
+        self._started, self._logs = [], []
 
     def start(self, runs, *more):
-        """Starts it. `runs` are the sweep's; its output is one text."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launch.sweep", f"--config={self.file}", f"--out={self.out}", *more],
-            cwd=ROOT,
-            env=os.environ | {"SWEEP": json.dumps(runs), "XLA_FLAGS": one_device(), "TF_CPP_MIN_LOG_LEVEL": "3"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        """Starts it. `runs` are the sweep's."""
+        self._logs.append(self.out.with_name(f"said{len(self._logs)}.txt"))
+        with self._logs[-1].open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch.sweep", f"--config={self.file}", f"--out={self.out}", *more],
+                cwd=ROOT,
+                env=os.environ | {"SWEEP": json.dumps(runs), "XLA_FLAGS": one_device(), "TF_CPP_MIN_LOG_LEVEL": "3"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         self._started.append(process)
         return process
 
+    def said(self, process):
+        """What one that was started has said so far."""
+        return self._logs[self._started.index(process)].read_text()
+
+    def finish(self, process, *statuses):
+        """What it says until it ends, with one of these statuses."""
+        process.wait(timeout=400)
+        said = self.said(process)
+        assert process.returncode in statuses and "Traceback" not in said, (process.returncode, said[-4000:])
+        return said
+
     def __call__(self, runs, *more, status=0):
         """What it says until it ends, with this status."""
-        process = self.start(runs, *more)
-        said, _ = process.communicate(timeout=400)
-        assert process.returncode == status, said[-4000:]
-        return said
+        return self.finish(self.start(runs, *more), status)
+
+    def until(self, condition, process):
+        """Waits for something while one goes on."""
+        last = time.monotonic() + 300
+        while not condition():
+            assert process.poll() is None, self.said(process)[-4000:]
+            assert time.monotonic() < last, "it never came to that"
+            time.sleep(0.02)
 
     def entries(self):
         """The manifest's, by name."""
@@ -82,7 +98,7 @@ class Command:
         """Kills what a test that failed has left going."""
         for process in self._started:
             process.kill()
-            process.communicate()
+            process.wait()
         for path in self.out.glob("*/lock"):
             lock = manifest.take(path)
             if lock is not None:
@@ -100,15 +116,6 @@ def sweep(file, tmp_path):
 
 def one_device():
     return os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-
-
-def until(condition, process, seconds=300):
-    """Waits for something while a process goes on."""
-    last = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < last, "it never came to that"
-        time.sleep(0.02)
 
 
 def kill(pid, number=signal.SIGKILL):
