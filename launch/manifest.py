@@ -129,7 +129,7 @@ def read(out: pathlib.Path) -> Manifest:
 
 
 def merged(out: pathlib.Path, workdirs: str, runs: Iterable[Run]) -> Manifest:
-    """The manifest that a sweep of these runs begins or goes on with. Writes nothing.
+    """The manifest that a sweep of these runs begins or goes on with. Writes nothing, and looks at no workdir.
 
     Raises ValueError where the folder's runs were begun with another configuration, or are kept elsewhere.
     """
@@ -138,14 +138,23 @@ def merged(out: pathlib.Path, workdirs: str, runs: Iterable[Run]) -> Manifest:
         raise ValueError(f"--workdirs: this sweep's runs are in {before.workdirs}, expected that and not {workdirs}")
     entries = dict(before.entries)
     for run in runs:
-        entry = entries.setdefault(run.name, Entry.of(run))
-        begun = epath.Path(workdirs) / run.name / CONFIG  # there too where the manifest was lost
-        for values in (entry.values, *([json.loads(begun.read_text())] if begun.exists() else [])):
-            then, now = flat(values), flat(run.values)
-            if other := sorted(path for path in {*then} | {*now} if then.get(path) != now.get(path)):
-                changed = listed([f"{path} {then.get(path)!r} and not {now.get(path)!r}" for path in other], 3)
-                raise ValueError(f"{out}: {run.name} was begun with {changed}; expected the same, or a new --out")
+        _same(run, entries.setdefault(run.name, Entry.of(run)).values, out)
     return Manifest(out, workdirs, entries)
+
+
+def check_begun(held: Manifest, runs: Iterable[Run]) -> None:
+    """Raises ValueError where a run's workdir was begun with another configuration: the manifest may have been lost."""
+    for run in runs:
+        path = epath.Path(held.workdir(run.name)) / CONFIG
+        if path.exists():
+            _same(run, json.loads(path.read_text()), held.out)
+
+
+def _same(run: Run, values: Mapping[str, Any], out: pathlib.Path) -> None:
+    then, now = flat(values), flat(run.values)
+    if other := sorted(path for path in {*then} | {*now} if then.get(path) != now.get(path)):
+        changed = listed([f"{path} {then.get(path)!r} and not {now.get(path)!r}" for path in other], 3)
+        raise ValueError(f"{out}: {run.name} was begun with {changed}; expected the same, or a new --out")
 
 
 @contextlib.contextmanager

@@ -276,6 +276,7 @@ def _sweep(out: pathlib.Path, given: Sequence[str], stop: Stop) -> int:
         return _print(held, [run for run in runs if run.name in names], backend, shown=not dry)
     with manifest.locked(out):
         held = manifest.merged(out, workdirs, runs)
+        manifest.check_begun(held, runs)
         held.write()
         left = [name for name in held.entries if name not in {run.name for run in runs}]
         if left:
@@ -291,9 +292,11 @@ def _sweep(out: pathlib.Path, given: Sequence[str], stop: Stop) -> int:
 
 
 def _print(held: Manifest, runs: Iterable[Run], backend: Backend, *, shown: bool) -> int:
-    """Prints the commands of the runs that are not done, and with `shown` what their script would run."""
+    """Prints the commands of runs, but for those that the manifest has as done or submitted, and with `shown` what
+    their script would run. Workdirs are not looked at: where these are, a laptop may have no access.
+    """
     for run in runs:
-        if held.seen(run.name).status in ("done", "submitted"):
+        if held.entries[run.name].status in ("done", "submitted"):
             continue
         line = backend.command(run.flags, held.workdir(run.name))
         print(shlex.join(line), flush=True)

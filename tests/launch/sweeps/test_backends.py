@@ -1,5 +1,7 @@
 """Command lines of the backends, and what the command refuses of them before anything starts."""
 
+import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 
+from launch import manifest
 from launch.backends import FOLDER, Backend, job_name
 
 FLAGS = ("--config=configs/sweeps/tiny.py:both", "--config.init=a b", "--config.seed=1")
@@ -73,6 +76,41 @@ def test_the_other_backends_print_what_they_would_run(sweep, backend):
     for seed in (1, 2):
         assert f"--config.seed={seed}" in said and job_name(f"gs://bucket/s/seed={seed}") in said
     assert not sweep.out.exists(), "nothing is written where nothing is run"
+
+
+@pytest.mark.slow
+def test_what_a_scheduler_has_is_not_submitted_twice(sweep, tmp_path, monkeypatch):
+    """Of Slurm there is only its command, which notes what it was given."""
+    if not (FOLDER / "slurm.sh").exists():
+        pytest.skip("launch/slurm.sh is absent")
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        f"#!/bin/sh\n[ ! -e {tmp_path}/full ] || {{ echo no place >&2; exit 1; }}\ncat >>{tmp_path}/jobs\n"
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    runs, flags = (
+        [[None, {"seed": 1}], [None, {"seed": 2}]],
+        ("--backend=slurm", "--backend_args=--nodes=1 --gpus_per_node=0"),
+    )
+
+    def jobs():
+        return re.findall("--config.seed=([12])", (tmp_path / "jobs").read_text())
+
+    said = sweep(runs, *flags)
+    assert "seed=1: submitted" in said and "2 submitted" in said and jobs() == ["1", "2"]
+    sweep(runs, *flags)
+    assert jobs() == ["1", "2"]
+    sweep(runs, *flags, "--again", "--select=seed=2")
+    assert jobs() == ["1", "2", "2"]
+    (tmp_path / "full").touch()
+    said = sweep(runs, *flags, "--again", "--select=seed=1", "--retries=1", status=1)
+    assert said.count("seed=1: failed: no place") == 2 and "1 failed" in said and jobs() == ["1", "2", "2"]
+    # A sweep that was killed while it submitted: whether Slurm has the job nobody knows.
+    held = manifest.read(sweep.out)
+    held.put(dataclasses.replace(held.entries["seed=1"], status="running"))
+    assert "seed=1" not in sweep(runs, *flags) and sweep.entries()["seed=1"]["status"] == "submitted"
 
 
 def test_a_dry_run_prints_the_very_commands(sweep):

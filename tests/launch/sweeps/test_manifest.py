@@ -83,9 +83,10 @@ def test_a_folder_goes_on_with_the_configuration_it_was_begun_with(written, tmp_
     (tmp_path / "sweep.json").unlink()
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "train.json").write_text(json.dumps(VALUES))
-    assert manifest.merged(tmp_path, str(tmp_path), RUNS).entries["base"].status == "pending"
+    anew = manifest.merged(tmp_path, str(tmp_path), RUNS)
+    manifest.check_begun(anew, RUNS)
     with pytest.raises(ValueError, match=sentence):
-        manifest.merged(tmp_path, str(tmp_path), [dataclasses.replace(RUNS[0], values=changed)])
+        manifest.check_begun(anew, [dataclasses.replace(RUNS[0], values=changed)])
 
 
 def test_two_sweeps_do_not_work_on_one_folder(tmp_path):
