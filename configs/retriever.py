@@ -18,7 +18,7 @@ from ivcr_jax.models.retriever import RetrieverConfig
 from ivcr_jax.optim import OptimConfig
 from ivcr_jax.training import DataConfig, TrainConfig
 
-CONTRASTIVE = LossConfig(lm=0, rank=0, moment=0, moment_l1=0, moment_iou=0, contrastive=1)
+CONTRASTIVE = LossConfig(lm=0.0, rank=0.0, moment=0.0, moment_l1=0.0, moment_iou=0.0, contrastive=1.0)
 
 
 def get_config(arg: str = "") -> ConfigDict:

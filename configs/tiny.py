@@ -93,7 +93,7 @@ def config(stage: str = "both") -> TrainConfig:
             keep_chat=False,
             threads=2,
         ),
-        losses=LossConfig(lm=0, rank=0, contrastive=1.0) if alone else LossConfig(contrastive=1.0),
+        losses=LossConfig(lm=0.0, rank=0.0, contrastive=1.0) if alone else LossConfig(contrastive=1.0),
         optim=OptimConfig(
             # Towers stay as pretraining left them.
             rules=(*((r"model\.(?!moment\.).*", 0.0),) * alone, (r".*\.vit\.(?!head).*", 0.0), (".*", 1.0)),

@@ -219,6 +219,12 @@ class Checkpoints:
         multihost_utils.sync_global_devices(f"set aside {step}")
 
 
+def saved(workdir: epath.PathLike) -> list[int]:
+    """The steps of a run's whole checkpoints, in order."""
+    folder = epath.Path(workdir) / FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
 def _everywhere(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok

@@ -16,7 +16,6 @@ import jax
 from absl import app, flags
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.utils import checkpoint_steps
 from tqdm import tqdm
 
 from ivcr_jax import bundle, card, checkpoint, command, distributed, export, index, protocols, score, simulator
@@ -123,7 +122,7 @@ def exported(workdir: epath.PathLike, out: epath.PathLike) -> epath.Path:
     """
     folder, run = epath.Path(out) / "export", epath.Path(workdir)
     if folder.exists():
-        newest = max(checkpoint_steps(run / checkpoint.FOLDER), default=None)
+        newest = max(checkpoint.saved(run), default=None)
         if (there := card.step(folder)) != newest:
             raise ValueError(f"{folder}: found step {there}, and {workdir} is at {newest}; expected another --out")
     else:

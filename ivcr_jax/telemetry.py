@@ -161,15 +161,21 @@ class Telemetry:
             self._board.close()
 
 
+def rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """What a run wrote so far: `step`, `time` (seconds), and metrics by name, None for one that was no number."""
+    path = epath.Path(workdir) / METRICS
+    text = path.read_text() if path.exists() else ""
+    # Of a run that goes on, or was killed, half a last line may be there.
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def last_validation(workdir: epath.PathLike, step: int) -> dict[str, Any] | None:
     """The newest metrics of validation that a run wrote up to a step, or None where there are none.
 
     Returns a dict of `step` and `metrics`, by name; one that was no number is None.
     """
-    path, found = epath.Path(workdir) / METRICS, None
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        row = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # half a line, of a run that goes on
-        prefix = "validation/"
+    found, prefix = None, "validation/"
+    for row in rows(workdir):
         metrics = {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
         if metrics and row["step"] <= step:
             found = {"step": row["step"], "metrics": metrics}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ivcr_jax.data import captions, compose
 from ivcr_jax.data.dialogue import LANGUAGES, VIDEO_SUFFIXES, Dialogue, Intent
@@ -304,45 +304,60 @@ def _last(log: pathlib.Path) -> str:
 
 def table(out: pathlib.Path, times: Mapping[str, float], found: Sequence[Stage]) -> str:
     """What came of it, for the terminal."""
-    figures = {name: _cells(out / name) for name in ("evaluation", "untrained")}
-    lines = [f"{'':24}{'untrained':>10}{'trained':>10}  95 % interval{'en':>9}{'zh':>7}{'n':>6}"]
+    after, before = (_protocols(out / name) for name in ("evaluation", "untrained"))
+    lines = [
+        f"{'':26}{'untrained':^21}   {'trained':^21}  {'95 % interval':16}{'n':>5}",
+        f"{'':26}{'':5}{'en':>8}{'zh':>8}   {'':5}{'en':>8}{'zh':>8}",
+    ]
     for label, (protocol, metric, factor) in TABLE.items():
-        before, after = (_row(figures[name][protocol], metric, factor) for name in ("untrained", "evaluation"))
-        lines.append(f"{label:24}{before[0]:>10}{after[0]:>10}  {after[1]:13}{after[2]:>9}{after[3]:>7}{after[4]:>6}")
+        lines.append(_line(label, _row(before[protocol], metric, factor), _row(after[protocol], metric, factor)))
     if (out / "own").exists():
-        own = _cells(out / "own")["gold"]
+        own = _protocols(out / "own")["gold"]
         lines += ["", "Your videos, asked for with the captions and moments they were trained on, from other frames:"]
         for label, metric in (
             ("R@1 of all of them, %", "retrieval_r1"),
             ("Moment R@1, IoU 0.5, %", "moment_r1_iou_0.5"),
         ):
-            shown = _row(own, metric, 100)
-            lines.append(f"{label:24}{'':>10}{shown[0]:>10}  {shown[1]:13}{shown[2]:>9}{shown[3]:>7}{shown[4]:>6}")
+            lines.append(_line(label, Row(), _row(own, metric, 100)))
         lines.append("This shows that the models can learn real footage, not that they know any other.")
     lines += ["", *(f"{stage.what:45}{times.get(stage.name, 0):>6.0f} s" for stage in found)]
     lines.append(f"{'in all, without installing':45}{sum(times.get(stage.name, 0) for stage in found):>6.0f} s")
     return "\n".join(lines)
 
 
-def _cells(folder: pathlib.Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A figure as it is shown: over all, its interval, in each language, and how many it is over."""
+
+    overall: str = ""
+    interval: str = ""
+    languages: Sequence[str] = ("", "")
+    count: str = ""
+
+
+def _line(label: str, before: Row, after: Row) -> str:
+    each = "   ".join(
+        f"{row.overall:>5}" + "".join(f"{value:>8}" for value in row.languages) for row in (before, after)
+    )
+    return f"{label:26}{each}  {after.interval:16}{after.count:>5}".rstrip()
+
+
+def _protocols(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))["protocols"]
 
 
-def _row(summary: Mapping[str, Any], metric: str, factor: float) -> list[str]:
-    """A figure, its interval, and those of the languages, and n. BLEU has one a language, and none of both."""
+def _row(summary: Mapping[str, Any], metric: str, factor: float) -> Row:
+    """Of BLEU there is one a language, and none of both."""
     overall, languages = summary["overall"], summary["by"]["language"]
     if metric == "bleu":
-        each = [overall.get(f"bleu_{language}") for language in LANGUAGES]
-        whole = None
+        whole, each = None, [overall.get(f"bleu_{language}") for language in LANGUAGES]
     else:
-        each = [languages.get(language, {}).get(metric) for language in LANGUAGES]
-        whole = overall.get(metric)
+        whole, each = overall.get(metric), [languages.get(language, {}).get(metric) for language in LANGUAGES]
     shown = ["" if cell is None else f"{cell['value'] * factor:.1f}" for cell in (whole, *each)]
-    between = ""
-    if whole and whole["low"] is not None:
-        between = f"{whole['low'] * factor:.1f} to {whole['high'] * factor:.1f}"
-    count = sum(cell["n"] for cell in each if cell)
-    return [shown[0], between, shown[1], shown[2], str(count)]
+    between = (
+        f"{whole['low'] * factor:.1f} to {whole['high'] * factor:.1f}" if whole and whole["low"] is not None else ""
+    )
+    return Row(shown[0], between, shown[1:], str(sum(cell["n"] for cell in each if cell)))
 
 
 def check(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.Path | None, form: str) -> None:
@@ -380,6 +395,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --name=value")
     args = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
     out = pathlib.Path(args.out).resolve()
     videos, annotations = (pathlib.Path(each).resolve() if each else None for each in (args.videos, args.annotations))
     try:

@@ -37,7 +37,7 @@ NAMES = (*TITLES,)
 USERS = "users.png"
 LONGEST = 16  # letters of a label
 MOST = 12  # groups of a panel; the tables have all
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dddddd",
     "axes.axisbelow": True, "figure.dpi": 110, "savefig.dpi": 110, "axes.titlesize": 10,
@@ -54,7 +54,7 @@ def draw(
 ) -> dict[str, str]:
     """Writes the plots that there are figures for; their titles by file name. `labels` are the metrics'."""
     drawn = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, figure in (*_figures(summaries, labels), (COMPARISON, _comparison(comparisons, labels))):
             if figure is not None:
                 figure.savefig(folder / name, metadata={"Software": None})
@@ -64,7 +64,7 @@ def draw(
 
 def draw_users(folder: pathlib.Path, users: Mapping[str, Summary], labels: Mapping[str, str]) -> None:
     """Writes what simulated users, by kind, came to by round; nothing where there is none."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = _panels(users, "round", ("success", "hit10"), labels, joined=True)
         if figure is not None:
             figure.savefig(folder / USERS, metadata={"Software": None})

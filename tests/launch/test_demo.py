@@ -134,12 +134,13 @@ def test_the_table_by_hand(tmp_path):
         (tmp_path / name / "report.json").write_text(json.dumps(protocols(share)))
     stages = [demo.Stage("one", "counting", []), demo.Stage("two", "reading", [])]
     shown = demo.table(tmp_path, {"one": 61.2, "two": 0.4}, stages).splitlines()
-    assert [line.split() for line in shown[:6]] == [
-        ["untrained", "trained", "95", "%", "interval", "en", "zh", "n"],
+    assert [line.split() for line in shown[:7]] == [
+        ["untrained", "trained", "95", "%", "interval", "n"],
+        ["en", "zh", "en", "zh"],
         ["Retriever", "R@10,", "%", "90.0", "90.0", "0"],
-        ["Rank", "R@1,", "%", "12.5", "50.0", "40.0", "to", "60.0", "50.0", "25.0", "30"],
-        ["Moment", "R@1,", "IoU", "0.5,", "%", "6.2", "25.0", "0.0", "12"],
-        ["BLEU-4", "20.0", "31.0", "49"],
+        ["Rank", "R@1,", "%", "12.5", "12.5", "25.0", "50.0", "50.0", "25.0", "40.0", "to", "60.0", "30"],
+        ["Moment", "R@1,", "IoU", "0.5,", "%", "6.2", "0.0", "25.0", "0.0", "12"],
+        ["BLEU-4", "20.0", "31.0", "20.0", "31.0", "49"],
         ["End", "to", "end", "R@1,", "%", "80.0", "80.0", "0"],
     ]
     assert shown[-3:] == [
