@@ -1,10 +1,10 @@
 """Exports the best run of a sweep, and evaluates it.
 
     python -m launch.export_best --out=OUT --export=EXPORT [--metric=NAME --mode=max|min]
-        [--videos=DIR --corpus=CORPUS] [-- --dialogues=DATA/ivcr200k --out=REPORT ...]
+        [-- --dialogues=DATA/ivcr200k --videos=SOURCE/videos --out=REPORT ...]
 
-OUT is the sweep's folder. What is behind `--` is for `ivcr_jax.evaluate`, which gets --export, and --corpus where one
-is made here of the videos below DIR. The same command goes on where it was stopped. Only runs that are done count.
+OUT is the sweep's folder. What is behind `--` is for `ivcr_jax.evaluate`, which gets --export besides. The same command
+goes on where it was stopped. Only runs that are done count.
 """
 
 import json
@@ -12,7 +12,6 @@ import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 
 from absl import app, flags
 
@@ -56,20 +55,14 @@ def _call(module: str, *args: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Exports, makes a corpus, evaluates."""
+    """Exports and evaluates."""
     args, evaluation = flags.FLAGS, argv[1:]
     command.refuse_arguments([*argv[:1], *(arg for arg in evaluation if not arg.startswith("--"))])
     command.quiet()
     try:
-        if bool(args.videos) != bool(args.corpus):
-            raise ValueError("found one of --videos and --corpus, expected both or none")
         export_best(pathlib.Path(args.out).resolve(), args.export, args.metric, args.mode)
-        corpus: Sequence[str] = ()
-        if args.videos:
-            _call("ivcr_jax.index", f"--export={args.export}", f"--videos={args.videos}", f"--corpus={args.corpus}")
-            corpus = [f"--corpus={args.corpus}"]
         if evaluation:
-            _call("ivcr_jax.evaluate", f"--export={args.export}", *corpus, *evaluation)
+            _call("ivcr_jax.evaluate", f"--export={args.export}", *evaluation)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
     except (ValueError, OSError) as error:
@@ -79,7 +72,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The folder of the sweep.", required=True)
     flags.DEFINE_string("export", None, "The model folder to write.", required=True)
-    flags.DEFINE_string("videos", None, "A folder of videos to make a corpus of, with --corpus.")
-    flags.DEFINE_string("corpus", None, "The corpus to make of --videos, or to bring up to date.")
     report.define_flags()
     app.run(main)

@@ -22,9 +22,9 @@ from ivcr_jax.infer.turn import Message
 from ivcr_jax.metrics import published, records
 from ivcr_jax.metrics.judge import Judge
 from tests.infer.conftest import IDS
+from tests.metrics import built
 from tests.metrics.test_judge import endpoint  # noqa: F401 - a server
 from tests.models.conftest import close
-from tfds_builder.build import build
 
 
 def search(user, answer, video, candidates=tuple(IDS)):
@@ -174,21 +174,7 @@ def test_what_the_published_test_set_keeps():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The dialogues as a dataset."""
-    folder = tmp_path_factory.mktemp("dialogues")
-    rows = []
-    for dialogue in DIALOGUES:
-        messages = []
-        for turn in dialogue.turns:
-            answer = {"from": "gpt", "value": turn.answer, "gt_se": list(turn.span or (-1, -1))}
-            if turn.video_id:
-                answer |= {"video_id": f"{turn.video_id}.mp4"}
-            if turn.candidates:
-                answer |= {"candidate_videos": [f"{name}.mp4" for name in turn.candidates]}
-            messages += [{"from": "human", "value": turn.user}, answer]
-        rows.append({"id": dialogue.id, "split": "test", "type": [dialogue.type], "conversations": messages})
-    (folder / "IVCR-200K.json").write_text(json.dumps(rows), encoding="utf-8")
-    build("ivcr200k", manual_dir=folder, data_dir=folder, max_loss=0.9)
-    return folder / "ivcr200k"
+    return built.build_of(tmp_path_factory.mktemp("dialogues"), built.rows_of(DIALOGUES))[1]
 
 
 @pytest.fixture
