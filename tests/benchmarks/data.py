@@ -28,7 +28,8 @@ from tfds_builder.build import build
 from tfds_builder.ivcr200k_videos.ivcr200k_videos_dataset_builder import VideosConfig
 
 FLAGS = flags.FLAGS
-flags.DEFINE_multi_enum("only", [], ["dialogues", "packing", "videos", "reading"], "Which to run; all by default.")
+NAMES = ("dialogues", "packing", "videos", "reading")
+flags.DEFINE_multi_enum("only", [], NAMES, "Which to run; all by default.")
 flags.DEFINE_string("work", None, "Folder for sources and datasets, used again by a later run; temporary by default.")
 
 INTERACTIONS = 193_434  # of IVCR-200K
@@ -238,7 +239,7 @@ def decode_to_array(path: str, frames: int = 64, size: int = 224) -> np.ndarray:
 
 def main(argv: list[str]) -> None:
     del argv
-    names = FLAGS.only or ["dialogues", "packing", "videos", "reading"]
+    names = FLAGS.only or NAMES
     with tempfile.TemporaryDirectory() as temporary:
         work = pathlib.Path(FLAGS.work or temporary)
         work.mkdir(parents=True, exist_ok=True)
