@@ -38,7 +38,7 @@ test-full: install
 lint: install
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/mypy ivcr_jax configs tfds_builder launch tests/benchmarks/learning.py
+	$(BIN)/mypy ivcr_jax configs tfds_builder launch tests/benchmarks/learning.py tests/benchmarks/run.py
 
 format: install
 	$(BIN)/ruff check --fix $(CODE)
@@ -51,12 +51,7 @@ sample: install
 	$(BIN)/python -m ivcr_jax.data.pipeline --dialogues=data/ivcr200k --videos=data/ivcr200k_videos
 
 benchmark: install
-	$(BIN)/python -m tests.benchmarks.data
-	$(BIN)/python -m tests.benchmarks.convert --layers=4
-	$(BIN)/python -m tests.benchmarks.scheme
-	$(BIN)/python -m tests.benchmarks.search
-	$(BIN)/python -m tests.benchmarks.metrics
-	$(BIN)/python -m tests.benchmarks.inference
+	$(BIN)/python -m tests.benchmarks.run
 
 learning: install
 	$(BIN)/python -m tests.benchmarks.learning --out=build/learning

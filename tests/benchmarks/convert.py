@@ -1,4 +1,4 @@
-"""Memory and time of converting: `python -m tests.benchmarks.convert [--layers=32]`. Prints one JSON.
+"""Memory and time of converting: `python -m tests.benchmarks.convert [--layers=32]`. Prints one line of JSON.
 
 A made-up set of the published files at their true widths, with as many decoder layers as asked; 32 is all of LLaMA-2-7B
 and needs about 40 GB of disk. Peaks are of child processes. The peer reads all files into memory at once, as the usual

@@ -4,7 +4,7 @@ decode, prefill: our engine and transformers' LlamaForCausalLM with its cache of
 weights, in turn in one process; that both write the same tokens, and find the same states, is checked. turns, rerank,
 batch: ours over a corpus of made-up videos, by an export of random weights. start: from a cold process to the first
 answer. Each is seconds of wall time and core-seconds of the process, the median of rounds with the smallest and the
-largest. Prints one JSON object.
+largest. Prints one line of JSON.
 """
 
 import functools
@@ -335,7 +335,7 @@ def main(argv: list[str]) -> None:
         for name in [name for name in parts if not FLAGS.only or name in FLAGS.only]:
             found[name] = parts[name]()
             print(f"{name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
-    print(json.dumps({"cores": os.cpu_count(), "threads of PyTorch": FLAGS.threads, **found}, indent=1))
+    print(json.dumps({"cores": os.cpu_count(), "threads of PyTorch": FLAGS.threads, **found}))
 
 
 if __name__ == "__main__":

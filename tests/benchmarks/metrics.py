@@ -3,7 +3,7 @@
 A made-up IVCR-200K.json of test dialogues of three turns, its samples, and a perfect result file; each mode of
 `ivcr_jax.metrics.official` in a process of its own, reading the files included. Then the report of a run in our own
 format, with BLEU and all plots: dialogues of one to seven turns in both languages, answers as long as the data's,
-nearly all of them different. Prints one JSON object.
+nearly all of them different. Prints one line of JSON.
 """
 
 import dataclasses
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> None:
             "as published": measure([*arguments, "--as_published"]),
             "report": measure(["-c", f"from tests.benchmarks import metrics; metrics.write_report({folder!r})"]),
         }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

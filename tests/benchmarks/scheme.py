@@ -496,6 +496,18 @@ def measure(steps: Mapping[str, list[Callable[[], Any]]], rounds: int) -> dict[s
     return taken
 
 
+def ratios(taken: Mapping[str, np.ndarray]) -> dict[str, dict[str, list[float]]]:
+    """Of rounds, each variant's cost over the peer's and over the items': median, smallest, largest."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for base in ("peer", "items"):
+        over = {variant: cost / taken[base] for variant, cost in taken.items()}
+        found[f"over_{base}"] = {
+            variant: [round(float(value), 3) for value in (np.median(each), each.min(), each.max())]
+            for variant, each in over.items()
+        }
+    return found
+
+
 def spread(values: np.ndarray) -> str:
     """Median, smallest and largest."""
     return f"{np.median(values):.3f} ({values.min():.3f} to {values.max():.3f})"
@@ -554,8 +566,7 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - begun
     print(f"\n{prepared:.0f} s to prepare and compile, {seconds - prepared:.0f} s for {FLAGS.rounds} rounds.\n")
     report = {
-        "over_peer": {variant: round(float(np.median(cost / taken["peer"])), 3) for variant, cost in taken.items()},
-        "over_items": {variant: round(float(np.median(cost / taken["items"])), 3) for variant, cost in taken.items()},
+        **ratios(taken),
         "counted_over_items_here_and_published": counted,
         "largest_difference": {name: float(f"{value:.1e}") for name, value in worst.items()},
         "machine": {

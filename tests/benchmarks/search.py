@@ -2,7 +2,7 @@
 
 Ours and faiss's IndexFlatIP, in turn in one process, over the same random unit vectors, k = 10. faiss goes over to BLAS
 where a batch has at least `distance_compute_blas_threshold` queries; each of THRESHOLDS is timed, and its best median
-counts. What both find is compared: the same vectors, or where ids differ the same scores. Prints one JSON object.
+counts. What both find is compared: the same vectors, or where ids differ the same scores. Prints one line of JSON.
 """
 
 import json
@@ -73,7 +73,7 @@ def _milliseconds(seconds: list[float]) -> list[float]:
 def main(argv: list[str]) -> None:
     """Prints what was measured."""
     del argv
-    print(json.dumps({f"{size} x {width}": measure(size, width, FLAGS.rounds) for size, width in SIZES}, indent=1))
+    print(json.dumps({f"{size} x {width}": measure(size, width, FLAGS.rounds) for size, width in SIZES}))
 
 
 if __name__ == "__main__":
