@@ -12,14 +12,12 @@ from ivcr_jax import simulator
 from ivcr_jax.data import compose, prompt
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from ivcr_jax.data.store import DialogueStore
-from ivcr_jax.infer.assistant import Assistant
-from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.infer.session import Session
 from ivcr_jax.infer.understanding import understand
 from ivcr_jax.metrics import interactive, report
 from ivcr_jax.simulator import KINDS, WORDING, Fact, User, Wish
 from tests.infer.conftest import IDS
-from tfds_builder.build import build
+from tests.metrics import built
 
 FISH, CAT, DOG, OTHER = IDS
 
@@ -45,16 +43,6 @@ DIALOGUES = (
     Dialogue("e", "test", 2, (search("找一个小狗的视频。", DOG, "zh"), moment("小狗什么时候跳？", DOG, "zh"))),
     Dialogue("f", "test", 2, (moment("When does it rain?", OTHER), search("A street.", OTHER))),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def helper(export):
-    return Assistant(export)
-
-
-@pytest.fixture(scope="module")
-def corpus(indexed, helper):
-    return Corpus.open(indexed, helper.fingerprint)
 
 
 @pytest.mark.parametrize(
@@ -231,21 +219,7 @@ def test_a_round_that_fails_and_a_video_that_is_not_there(helper, corpus):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The dialogues as a dataset."""
-    folder = tmp_path_factory.mktemp("dialogues")
-    rows = []
-    for dialogue in DIALOGUES:
-        messages = []
-        for turn in dialogue.turns:
-            answer = {"from": "gpt", "value": turn.answer, "gt_se": list(turn.span or (-1, -1))}
-            if turn.video_id:
-                answer |= {"video_id": f"{turn.video_id}.mp4"}
-            if turn.candidates:
-                answer |= {"candidate_videos": [f"{name}.mp4" for name in turn.candidates]}
-            messages += [{"from": "human", "value": turn.user}, answer]
-        rows.append({"id": dialogue.id, "split": "test", "type": [dialogue.type], "conversations": messages})
-    (folder / "IVCR-200K.json").write_text(json.dumps(rows), encoding="utf-8")
-    build("ivcr200k", manual_dir=folder, data_dir=folder, max_loss=0.9)
-    return folder / "ivcr200k"
+    return built.build_of(tmp_path_factory.mktemp("dialogues"), built.rows_of(DIALOGUES))[1]
 
 
 @pytest.fixture

@@ -250,15 +250,20 @@ def test_the_status_is_the_worst_workers(machine, tells):
     assert [f"ended with status {status}" in out for status in (0, 3, 6)] == [True] * 3
 
 
-def test_the_last_commit_is_installed_and_no_other(machine, tmp_path):
-    machine.gcloud()
-    root = tmp_path / "root"
+def committed(folder, install):
+    """A checkout of the scripts whose installation is this line: what is installed is not what these are about."""
+    root = folder / "root"
     shutil.copytree(LAUNCH, root / "launch")
-    # What is installed is not what this is about.
-    (root / "launch" / "install_worker.sh").write_text('cd "$(dirname "$0")/.." && echo $WORKER >installed\n')
+    (root / "launch" / "install_worker.sh").write_text(install)
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
     for line in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *line], check=True)
+    return root
+
+
+def test_the_last_commit_is_installed_and_no_other(machine, tmp_path):
+    machine.gcloud()
+    root = committed(tmp_path, 'cd "$(dirname "$0")/.." && echo $WORKER >installed\n')
     setup = 'echo "$PWD" >mounted'
     flags = (*TPU, "--install", f"--setup={setup}", "--", "cat", "installed", "mounted")
     out, _ = machine.run("run_tpu.sh", *flags, launch=root / "launch")
@@ -324,12 +329,7 @@ def test_one_command_of_a_name_at_a_time(tmp_path):
 def queued(machine, tmp_path):
     """queued_resource.sh of a checkout that is committed, whose installation is nothing."""
     machine.gcloud()
-    root = tmp_path / "root"
-    shutil.copytree(LAUNCH, root / "launch")
-    (root / "launch" / "install_worker.sh").write_text("true\n")
-    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for line in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *line], check=True)
+    root = committed(tmp_path, "true\n")
 
     def start(*args, **more):
         return machine.run("queued_resource.sh", *QUEUED, *args, launch=root / "launch", **more)
