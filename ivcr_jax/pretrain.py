@@ -5,8 +5,9 @@
 
 A short training on single frames of the synthetic source stands in for those that EVA, BLIP-2's Q-Former and SigLIP2
 went through. It writes a model folder: this ViT in both models, the image Q-Former of the one, the pooling head of the
-other, a tokenizer for each, all else as new. It knows what the generator drew, and must not know what is said of it:
-of the dialogues it takes the words, for the tokenizer, and which videos are held out. It learns from no frame of those.
+other, a tokenizer for each, a decoder that can write (`pretrain_text`), all else as new. It must not know what is said
+of which video: of the dialogues it takes the words of train, for tokenizers and decoder, and which videos are held out.
+It learns from no frame of those.
 """
 
 import concurrent.futures
@@ -28,7 +29,7 @@ from etils import epath
 from flax import nnx
 from ml_collections import config_flags
 
-from ivcr_jax import bundle, command
+from ivcr_jax import bundle, command, pretrain_text
 from ivcr_jax.bundle import BundleConfig
 from ivcr_jax.data import scenes
 from ivcr_jax.data.dialogue import Turn, video_id
@@ -386,6 +387,7 @@ def pretrain(
     videos: epath.PathLike,
     out: epath.PathLike,
     steps: int,
+    text_steps: int,
     seed: int = 0,
 ) -> dict[str, float]:
     """Writes a model folder to start training from.
@@ -395,7 +397,8 @@ def pretrain(
       source: the synthetic source's folder.
       dialogues, videos: the datasets built from it.
       out: the folder to write.
-      steps: of training.
+      steps: of learning to see.
+      text_steps: of learning to write, where there is a dialogue model; 0 leaves its decoder as new.
       seed: of everything random.
 
     Returns:
@@ -424,6 +427,11 @@ def pretrain(
         return jax.jit(lambda: bundle.weights(kind(part, nnx.Rngs(seed))))() | learnt[name]
 
     model, retriever = begin(InterLLaVA, config.model, "model"), begin(Retriever, config.retriever, "retriever")
+    if config.model is not None and model is not None and text_steps:
+        tokenizer = bundle.make_tokenizer(tokenizers[bundle.TOKENIZER], config, bundle.TOKENIZER)
+        words = pretrain_text.texts(turns_of(dialogues, "train"), config.style)
+        llama = pretrain_text.train(config.model.llama, tokenizer, words, text_steps, seed)
+        model |= {f"llama.{path}": value for path, value in bundle.weights(llama).items()}
     if retriever is not None:
         retriever["logit_bias"] = jnp.full_like(retriever["logit_bias"], LOGIT_BIAS)
     bundle.save(out, config, model=model, retriever=retriever, tokenizers=tokenizers)
@@ -438,7 +446,8 @@ def _define_flags() -> None:
     flags.DEFINE_string("dialogues", None, "Its ivcr200k, built.", required=True)
     flags.DEFINE_string("videos", None, "Its ivcr200k_videos, built.", required=True)
     flags.DEFINE_string("out", None, "The folder to write. It must not exist.", required=True)
-    flags.DEFINE_integer("steps", 700, "Of training.", lower_bound=1)
+    flags.DEFINE_integer("steps", 700, "Of learning to see.", lower_bound=1)
+    flags.DEFINE_integer("text_steps", 150, "Of learning to write.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0)
 
 
@@ -450,7 +459,7 @@ def main(argv: list[str]) -> None:
         scores = pretrain(
             BundleConfig.from_values(args.config.to_dict()),
             source=args.source, dialogues=args.dialogues, videos=args.videos, out=args.out,
-            steps=args.steps, seed=args.seed,
+            steps=args.steps, text_steps=args.text_steps, seed=args.seed,
         )  # fmt: skip
     except (ValueError, OSError, DatasetNotFound) as error:
         sys.exit(f"error: {error}")

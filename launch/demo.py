@@ -121,6 +121,7 @@ def stages(
         stored,
         f"--out={init}",
         *steps("pretrain", "steps"),
+        *steps("text", "text_steps"),
     ]
     encode = ["ivcr_jax.encode", f"--model={init}", "--tower=model", stored, f"--out={features}", "--dtype=float32"]
     found = [Stage("source", "drawing and describing the synthetic videos", synth)]
@@ -132,7 +133,7 @@ def stages(
         Stage("dialogues", "building the dataset of dialogues", build("ivcr200k", both, data)),
         Stage("videos", "decoding every video once", build("ivcr200k_videos", both, data, "--frames=24", "--size=48",
                                                            *["--max_loss=0.5"] * bool(annotations))),
-        Stage("pretrain", "teaching the tower to see", pretrain),
+        Stage("pretrain", "teaching the tower to see, the decoder to write", pretrain),
         Stage("encode", "computing the frozen tower's features", encode),
         Stage("retriever", "training the retriever", train("retriever", "retriever", init), DEVICES),
         Stage("first", "exporting it",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ivcr_jax import bundle, pretrain
+from ivcr_jax import bundle, pretrain, pretrain_text
 from ivcr_jax.bundle import BundleConfig
 from ivcr_jax.data import scenes, synth
 from ivcr_jax.data.prompt import PromptStyle
@@ -56,6 +56,7 @@ FILES = {"config.json", "model", "retriever", "tokenizer.model", "retriever_toke
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     monkeypatch.setattr(pretrain, "BATCH", 16)
+    monkeypatch.setattr(pretrain_text, "BATCH", 16)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +89,9 @@ def parameters():
     return {"model": model, "retriever": retriever}
 
 
-def pretrained(folder, out, config=CONFIG, seed=0, **paths):
+def pretrained(folder, out, config=CONFIG, seed=0, text_steps=2, **paths):
     built = {"source": folder / "source", "dialogues": folder / "ivcr200k", "videos": folder / "ivcr200k_videos"}
-    return pretrain.pretrain(config, **(built | paths), out=out, steps=2, seed=seed)
+    return pretrain.pretrain(config, **(built | paths), out=out, steps=2, text_steps=text_steps, seed=seed)
 
 
 def assert_same(module, expected):
@@ -309,8 +310,15 @@ def test_the_folder_holds_one_tower_and_depends_on_the_seed_alone(folder, tmp_pa
         np.testing.assert_array_equal(np.asarray(mine[path]), np.asarray(value), err_msg=path)
     assert read.tokenizer.proto == read.retriever_tokenizer.proto == again.tokenizer.proto
     # All but what was trained is as the seed makes it.
+    silent = pretrained(folder, tmp_path / "c", text_steps=0)
+    assert silent == scores
     for module, fresh, trained in (
-        (read.model, InterLLaVA(CONFIG.model, nnx.Rngs(0)), r"encoder\.(vit|vit_norm|qformer)\."),
+        (read.model, InterLLaVA(CONFIG.model, nnx.Rngs(0)), r"encoder\.(vit|vit_norm|qformer)\.|llama\."),
+        (
+            bundle.load(tmp_path / "c").model,
+            InterLLaVA(CONFIG.model, nnx.Rngs(0)),
+            r"encoder\.(vit|vit_norm|qformer)\.",
+        ),
         (read.retriever, Retriever(CONFIG.retriever, nnx.Rngs(0)), r"vit\."),
     ):
         fresh = bundle.weights(fresh)
@@ -334,6 +342,45 @@ def test_training_lowers_the_loss_and_depends_on_the_seed(folder):
 
     first = trained(1, 0)
     assert trained(100, 0) < 0.75 * first and trained(1, 1) != first
+
+
+def test_the_decoder_learns_the_words_of_train_alone(folder, tmp_path, monkeypatch):
+    seen = []
+    train = pretrain_text.train
+    monkeypatch.setattr(pretrain_text, "train", lambda *given: seen.append(given) or train(*given))
+    pretrained(folder, tmp_path / "model")
+    [(config, tokenizer, words, steps, seed)] = seen
+    assert (config, steps, seed) == (CONFIG.model.llama, 2, 0)
+    stored = DialogueStore(folder / "ivcr200k", "train")
+    turns = [turn for number in range(len(stored)) for turn in stored[number].turns]
+    assert words == [f"<s>[INST] {turn.user.strip()} [/INST] {turn.answer.strip()} </s>" for turn in turns] != []
+    with pytest.raises(ValueError, match="found no turn in train"):
+        train(config, tokenizer, [], 1, 0)
+
+
+def test_the_decoder_comes_to_say_what_it_was_taught(proto):
+    """Texts are known by heart: written greedily, a token at a time, from the message alone."""
+    said = {"red square?": "It is there.", "蓝色的圆形？": "它在这里。", "green?": "No."}
+    tokenizer = bundle.make_tokenizer(proto, CONFIG, bundle.TOKENIZER)
+    words = [f"<s>[INST] {message} [/INST] {answer} </s>" for message, answer in said.items()]
+    config = dataclasses.replace(CONFIG.model.llama, width=32, mlp_width=64)
+
+    def answer(llama, message):
+        run = nnx.jit(lambda llama, tokens: llama.logits(
+            llama(llama.embed(tokens), jnp.arange(64)[None], jnp.ones((1, 64), jnp.int32))[0]
+        ))  # fmt: skip
+        tokens = np.zeros((1, 64), np.int32)
+        written = first = len(ids := tokenizer.encode(f"<s>[INST] {message} [/INST]"))
+        tokens[0, :first] = ids
+        while written < 64 and tokens[0, written - 1] != tokenizer.ids["</s>"]:
+            tokens[0, written] = run(llama, tokens)[0, written - 1].argmax()
+            written += 1
+        return tokenizer.decode(tokens[0, first:written].tolist())
+
+    taught, new = (pretrain_text.train(config, tokenizer, words, steps, 0) for steps in (150, 1))
+    for message, wanted in said.items():
+        assert answer(taught, message).strip() == f"{wanted} </s>"
+        assert answer(new, message).strip() != f"{wanted} </s>"
 
 
 def with_vit(**changes):
