@@ -447,7 +447,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("videos", None, "Its ivcr200k_videos, built.", required=True)
     flags.DEFINE_string("out", None, "The folder to write. It must not exist.", required=True)
     flags.DEFINE_integer("steps", 700, "Of learning to see.", lower_bound=1)
-    flags.DEFINE_integer("text_steps", 150, "Of learning to write.", lower_bound=0)
+    flags.DEFINE_integer("text_steps", 250, "Of learning to write.", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "Of everything random.", lower_bound=0)
 
 

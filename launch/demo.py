@@ -30,11 +30,22 @@ from launch.local_pod import die_with_parent
 CONFIG = "configs/tiny.py"
 DEVICES = 8  # virtual, on the processor
 NEEDED = 2 * 2**30  # bytes of disk
+SAID = 4  # messages of a conversation
 EVERY = 20.0  # seconds between two lines of progress, where they do not replace each other
-# Messages to videos that nobody has described.
+# Messages to videos that nobody has described. One is opened, as a model that knows shapes alone is seldom sure of any.
 WORDS = {
-    "en": ("Find a video that shows something red.", "When is it in view?", "Do you have a similar one?", "Thank you!"),
-    "zh": ("帮我找一个有红色东西的视频。", "它是什么时候出现的？", "有没有类似的？", "谢谢！"),
+    "en": (
+        "Find a video that shows something red.",
+        "/open 1",
+        "When is something red in view?",
+        "Do you have a similar one?",
+    ),
+    "zh": (
+        "帮我找一个有红色东西的视频。",
+        "/open 1",
+        "红色的东西是什么时候出现的？",
+        "有没有类似的？",
+    ),
 }
 # What the table at the end shows: of which protocol, which metric, its factor.
 TABLE = {
@@ -215,8 +226,10 @@ def write_scripts(out: pathlib.Path, videos: bool, annotations: bool) -> None:
         if annotations or not videos:
             store = DialogueStore(folder, "test")
             told = (store[number] for number in range(len(store)))
-            fitting = next((each for each in told if _tells(each, language)), None)
-            lines = tuple(turn.user for turn in fitting.turns[:4]) if fitting else lines
+            fitting = [each.turns[:SAID] for each in told if _tells(each, language)]
+            lines = (
+                tuple(turn.user for turn in max(fitting, key=len)) if fitting else lines
+            )  # the first that is so long
         with atomic(out / f"script-{language}.txt") as temporary:
             temporary.write_text("".join(f"{' '.join(line.split())}\n" for line in lines), encoding="utf-8")
 
