@@ -215,7 +215,7 @@ class _Tower:
     def features(
         self, videos: Iterable[tuple[str, store.StoredVideo, np.ndarray]], progress: tqdm
     ) -> Iterator[tuple[str, float, np.ndarray, np.ndarray]]:
-        """(id, record, frames u8[T, H, W, 3]) -> what `store.write_features` takes, with features f16[T, P, D]."""
+        """(id, record, frames u8[T, H, W, 3]) -> what `store.write_feature_shard` takes, with features f16[T, P, D]."""
         waiting: collections.deque[tuple[str, store.StoredVideo, int]] = collections.deque()
 
         def frames() -> Iterator[np.ndarray]:
