@@ -173,9 +173,7 @@ def load(folder: epath.PathLike, *, mesh: Any = None, compute: Compute = Compute
       ValueError: parameters that are not those of the configuration, or a tokenizer that does not fit them.
     """
     folder = epath.Path(folder).resolve()
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
-    config = BundleConfig.from_json((folder / CONFIG).read_text())
+    config = read_config(folder)
     model = retriever = None
     if config.model is not None:
         of_model = config.model
@@ -190,6 +188,14 @@ def load(folder: epath.PathLike, *, mesh: Any = None, compute: Compute = Compute
     return Bundle(config, model, retriever, tokenizers[TOKENIZER], tokenizers[RETRIEVER_TOKENIZER])
 
 
+def read_config(folder: epath.PathLike) -> BundleConfig:
+    """The configuration of a model folder. Raises FileNotFoundError where there is none, ValueError for a wrong one."""
+    path = epath.Path(folder) / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    return BundleConfig.from_json(path.read_text())
+
+
 def fingerprint(folder: epath.PathLike) -> str:
     """Names what a model folder holds: a SHA-256 over config.json, the tokenizers and the files of the parameters.
 
@@ -201,8 +207,7 @@ def fingerprint(folder: epath.PathLike) -> str:
       FileNotFoundError: no folder, or no config.json in it.
     """
     folder = epath.Path(folder).resolve()
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    read_config(folder)  # or it is no model folder
     names = [name for name in (CONFIG, TOKENIZER, RETRIEVER_TOKENIZER) if (folder / name).exists()]
     for part in (MODEL, RETRIEVER):
         for where, _, files in os.walk(folder / part):
@@ -353,8 +358,7 @@ def read_folder(
       ValueError: for a parameter of another shape, or one that the models lack: it would be lost without a word.
     """
     folder = epath.Path(folder).resolve()
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    read_config(folder)  # or it is no model folder
     arrays: dict[str, jax.Array] = {}
     for name in (MODEL, RETRIEVER):
         prefix = f"{name}."

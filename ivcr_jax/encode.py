@@ -158,11 +158,7 @@ def abstract_tower(folder: epath.PathLike, tower: str, compute: Compute) -> tupl
 
     Raises FileNotFoundError where there is no model folder, and ValueError where it lacks the tower.
     """
-    path = epath.Path(folder) / bundle.CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{folder}: found no {bundle.CONFIG}, expected a folder that convert or export wrote")
-    config = bundle.BundleConfig.from_json(path.read_text())
-    if (part := getattr(config, tower)) is None:
+    if (part := getattr(bundle.read_config(folder), tower)) is None:
         raise ValueError(f"{folder}: found no {tower} in it; expected another --tower, or another folder")
     kind: Any = InterLLaVA if tower == "model" else Retriever
     whole = nnx.eval_shape(lambda: kind(part, nnx.Rngs(0), compute))
