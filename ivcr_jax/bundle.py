@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from ivcr_jax.config import from_dict, listed, to_dict
+from ivcr_jax.config import flat, from_dict, listed, to_dict
 from ivcr_jax.data import manifest, prompt
 from ivcr_jax.data.encoding import frame_ids
 from ivcr_jax.data.tokenizer import Tokenizer
@@ -258,10 +258,10 @@ def save(
     if folder.exists():
         raise FileExistsError(f"{folder} exists; a model folder is written to a new one")
     given = {MODEL: (model, config.model), RETRIEVER: (retriever, config.retriever)}
-    for name, (flat, of_part) in given.items():
-        if flat is None and of_part is not None:
+    for name, (arrays, of_part) in given.items():
+        if arrays is None and of_part is not None:
             raise ValueError(f"config.{name}: found no parameters for it")
-        if flat is not None and of_part is None:
+        if arrays is not None and of_part is None:
             raise ValueError(f"{name}: found parameters, but config.{name} is None")
     for name, proto in tokenizers.items():
         if name not in (TOKENIZER, RETRIEVER_TOKENIZER):
@@ -272,9 +272,9 @@ def save(
             raise ValueError(f"{name}: {error}") from None
     with manifest.atomic(folder) as aside:
         aside.mkdir()
-        for name, (flat, _) in given.items():
-            if flat is not None:
-                write(aside / name, nest(flat))
+        for name, (arrays, _) in given.items():
+            if arrays is not None:
+                write(aside / name, nest(arrays))
         for name, proto in tokenizers.items():
             (aside / name).write_bytes(proto)
         (aside / CONFIG).write_text(config.to_json())
@@ -336,13 +336,6 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
 def read_folder(
     folder: epath.PathLike, wanted: Mapping[str, jax.ShapeDtypeStruct], known: Collection[str]
 ) -> dict[str, jax.Array]:
@@ -381,7 +374,7 @@ def _metadata(path: epath.Path) -> dict[str, Any]:
         metadata = checkpointer.metadata(path).item_metadata if path.exists() else None
     if metadata is None:
         raise ValueError(f"{path}: found no whole checkpoint, expected the parameters that {CONFIG} tells of")
-    return _flatten(metadata.tree)
+    return flat(metadata.tree)
 
 
 def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -415,7 +408,7 @@ def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mappi
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return _flatten(reader.restore(path, args=arguments))
+        return flat(reader.restore(path, args=arguments))
 
 
 def _restore(path: epath.Path, make: Callable[[], Any], mesh: Any) -> Any:

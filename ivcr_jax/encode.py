@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from ivcr_jax import bundle, command, distributed
 from ivcr_jax.ahead import read_ahead
-from ivcr_jax.config import to_dict
+from ivcr_jax.config import json_of
 from ivcr_jax.data import store
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.layers import Compute
@@ -87,7 +87,7 @@ def encode(
     made_by = {
         "source": source.fingerprint,
         "tower": tower,
-        "vit": json.loads(json.dumps(to_dict(vit.config))),  # lists for tuples, as it will be read
+        "vit": json_of(vit.config),
         "parameters": parameters_sha256(vit),
         "compute": dtype,
     }
