@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from ivcr_jax.config import from_dict, listed, to_dict
+from ivcr_jax.config import flat, from_dict, listed, to_dict
 from ivcr_jax.data import manifest, prompt
 from ivcr_jax.data.encoding import frame_ids
 from ivcr_jax.data.tokenizer import Tokenizer
@@ -173,9 +173,7 @@ def load(folder: epath.PathLike, *, mesh: Any = None, compute: Compute = Compute
       ValueError: parameters that are not those of the configuration, or a tokenizer that does not fit them.
     """
     folder = epath.Path(folder).resolve()
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
-    config = BundleConfig.from_json((folder / CONFIG).read_text())
+    config = read_config(folder)
     model = retriever = None
     if config.model is not None:
         of_model = config.model
@@ -190,6 +188,14 @@ def load(folder: epath.PathLike, *, mesh: Any = None, compute: Compute = Compute
     return Bundle(config, model, retriever, tokenizers[TOKENIZER], tokenizers[RETRIEVER_TOKENIZER])
 
 
+def read_config(folder: epath.PathLike) -> BundleConfig:
+    """The configuration of a model folder. Raises FileNotFoundError where there is none, ValueError for a wrong one."""
+    path = epath.Path(folder) / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    return BundleConfig.from_json(path.read_text())
+
+
 def fingerprint(folder: epath.PathLike) -> str:
     """Names what a model folder holds: a SHA-256 over config.json, the tokenizers and the files of the parameters.
 
@@ -201,8 +207,7 @@ def fingerprint(folder: epath.PathLike) -> str:
       FileNotFoundError: no folder, or no config.json in it.
     """
     folder = epath.Path(folder).resolve()
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    read_config(folder)  # or it is no model folder
     names = [name for name in (CONFIG, TOKENIZER, RETRIEVER_TOKENIZER) if (folder / name).exists()]
     for part in (MODEL, RETRIEVER):
         for where, _, files in os.walk(folder / part):
@@ -253,10 +258,10 @@ def save(
     if folder.exists():
         raise FileExistsError(f"{folder} exists; a model folder is written to a new one")
     given = {MODEL: (model, config.model), RETRIEVER: (retriever, config.retriever)}
-    for name, (flat, of_part) in given.items():
-        if flat is None and of_part is not None:
+    for name, (arrays, of_part) in given.items():
+        if arrays is None and of_part is not None:
             raise ValueError(f"config.{name}: found no parameters for it")
-        if flat is not None and of_part is None:
+        if arrays is not None and of_part is None:
             raise ValueError(f"{name}: found parameters, but config.{name} is None")
     for name, proto in tokenizers.items():
         if name not in (TOKENIZER, RETRIEVER_TOKENIZER):
@@ -267,9 +272,9 @@ def save(
             raise ValueError(f"{name}: {error}") from None
     with manifest.atomic(folder) as aside:
         aside.mkdir()
-        for name, (flat, _) in given.items():
-            if flat is not None:
-                write(aside / name, nest(flat))
+        for name, (arrays, _) in given.items():
+            if arrays is not None:
+                write(aside / name, nest(arrays))
         for name, proto in tokenizers.items():
             (aside / name).write_bytes(proto)
         (aside / CONFIG).write_text(config.to_json())
@@ -331,13 +336,6 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
 def read_folder(
     folder: epath.PathLike, wanted: Mapping[str, jax.ShapeDtypeStruct], known: Collection[str]
 ) -> dict[str, jax.Array]:
@@ -353,8 +351,7 @@ def read_folder(
       ValueError: for a parameter of another shape, or one that the models lack: it would be lost without a word.
     """
     folder = epath.Path(folder).resolve()
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder}: found no {CONFIG}, expected a folder that convert or export wrote")
+    read_config(folder)  # or it is no model folder
     arrays: dict[str, jax.Array] = {}
     for name in (MODEL, RETRIEVER):
         prefix = f"{name}."
@@ -377,7 +374,7 @@ def _metadata(path: epath.Path) -> dict[str, Any]:
         metadata = checkpointer.metadata(path).item_metadata if path.exists() else None
     if metadata is None:
         raise ValueError(f"{path}: found no whole checkpoint, expected the parameters that {CONFIG} tells of")
-    return _flatten(metadata.tree)
+    return flat(metadata.tree)
 
 
 def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -411,7 +408,7 @@ def read_parameters(path: epath.Path, expected: Mapping[str, Any], placed: Mappi
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return _flatten(reader.restore(path, args=arguments))
+        return flat(reader.restore(path, args=arguments))
 
 
 def _restore(path: epath.Path, make: Callable[[], Any], mesh: Any) -> Any:

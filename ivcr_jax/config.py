@@ -1,6 +1,7 @@
 """Configurations as plain trees: dataclasses to dicts and back, strictly. Knows no file format and no flag library."""
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,19 @@ T = TypeVar("T")
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as nested dicts, for JSON or for an ml_collections.ConfigDict."""
     return dataclasses.asdict(config)
+
+
+def json_of(config: Any) -> dict[str, Any]:
+    """A dataclass as it will be when read from JSON: lists for tuples."""
+    return json.loads(json.dumps(to_dict(config)))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], name: str = "config") -> T:

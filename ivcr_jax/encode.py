@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from ivcr_jax import bundle, command, distributed
 from ivcr_jax.ahead import read_ahead
-from ivcr_jax.config import to_dict
+from ivcr_jax.config import json_of
 from ivcr_jax.data import store
 from ivcr_jax.models.interllava import InterLLaVA
 from ivcr_jax.models.layers import Compute
@@ -87,7 +87,7 @@ def encode(
     made_by = {
         "source": source.fingerprint,
         "tower": tower,
-        "vit": json.loads(json.dumps(to_dict(vit.config))),  # lists for tuples, as it will be read
+        "vit": json_of(vit.config),
         "parameters": parameters_sha256(vit),
         "compute": dtype,
     }
@@ -158,11 +158,7 @@ def abstract_tower(folder: epath.PathLike, tower: str, compute: Compute) -> tupl
 
     Raises FileNotFoundError where there is no model folder, and ValueError where it lacks the tower.
     """
-    path = epath.Path(folder) / bundle.CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{folder}: found no {bundle.CONFIG}, expected a folder that convert or export wrote")
-    config = bundle.BundleConfig.from_json(path.read_text())
-    if (part := getattr(config, tower)) is None:
+    if (part := getattr(bundle.read_config(folder), tower)) is None:
         raise ValueError(f"{folder}: found no {tower} in it; expected another --tower, or another folder")
     kind: Any = InterLLaVA if tower == "model" else Retriever
     whole = nnx.eval_shape(lambda: kind(part, nnx.Rngs(0), compute))
@@ -215,7 +211,7 @@ class _Tower:
     def features(
         self, videos: Iterable[tuple[str, store.StoredVideo, np.ndarray]], progress: tqdm
     ) -> Iterator[tuple[str, float, np.ndarray, np.ndarray]]:
-        """(id, record, frames u8[T, H, W, 3]) -> what `store.write_features` takes, with features f16[T, P, D]."""
+        """(id, record, frames u8[T, H, W, 3]) -> what `store.write_feature_shard` takes, with features f16[T, P, D]."""
         waiting: collections.deque[tuple[str, store.StoredVideo, int]] = collections.deque()
 
         def frames() -> Iterator[np.ndarray]:

@@ -74,7 +74,7 @@ def evaluate(
     folder = epath.Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = native_dtype()
-    assistant = Assistant(model, compute=Compute(dtype=dtype))
+    assistant = Assistant(model, compute=Compute(dtype=dtype), fingerprint=opened.fingerprint)
     settings = {
         "corpus": opened.digest,
         "fits": assistant.fits,

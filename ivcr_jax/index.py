@@ -295,7 +295,7 @@ def _scan(folder: epath.PathLike) -> tuple[list[_File], list[Problem], int]:
 
 def _width(export: epath.PathLike) -> int:
     """Of the vectors that an export makes. Raises ValueError where it lacks a model, before anything is written."""
-    config = bundle.BundleConfig.from_json((epath.Path(export) / bundle.CONFIG).read_text())
+    config = bundle.read_config(export)
     if config.model is None or config.retriever is None:
         lacking = "dialogue model" if config.model is None else "retriever"
         raise ValueError(f"{export}: found no {lacking}, expected an export with both models")

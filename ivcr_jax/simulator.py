@@ -169,14 +169,13 @@ def hold(
     *,
     rounds: int,
     candidates: int = 10,
-    seed: int = 0,
 ) -> list[Episode]:
     """Episodes side by side, in the order of their wishes.
 
     Args:
-      rounds: how many messages at most. candidates: how many the first stage hands on. seed: of the choice of words.
+      rounds: how many messages at most. candidates: how many the first stage hands on.
     """
-    users = [User(wish, kind, seed) for wish in wishes]
+    users = [User(wish, kind) for wish in wishes]
     sessions = [Session(assistant, corpus, candidates=candidates) for _ in wishes]
     held: list[list[Round]] = [[] for _ in wishes]
     words: list[str | None] = [wish.first for wish in wishes]

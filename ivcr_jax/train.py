@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from ivcr_jax import bundle, command, distributed, encode, flops, validation
 from ivcr_jax.checkpoint import FOLDER, Checkpoints
-from ivcr_jax.config import listed, to_dict
+from ivcr_jax.config import flat, json_of, listed
 from ivcr_jax.data.batches import BatchShape
 from ivcr_jax.data.manifest import atomic
 from ivcr_jax.data.pipeline import Pipeline, PipelineConfig
@@ -302,19 +302,6 @@ def write_folder(workdir: epath.Path, config: TrainConfig, tokenizers: Mapping[s
     for name, content in (files | {name: tokenizer.proto for name, tokenizer in tokenizers.items()}).items():
         with atomic(workdir / name) as aside:
             aside.write_bytes(content)
-
-
-def json_of(config: Any) -> dict[str, Any]:
-    """A dataclass as it will be when read from JSON: lists for tuples."""
-    return json.loads(json.dumps(to_dict(config)))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -22,8 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ivcr_jax.config import listed
-from ivcr_jax.train import flat, json_of
+from ivcr_jax.config import flat, json_of, listed
 from ivcr_jax.training import read_config
 
 LONGEST = 120  # letters of a name; a folder's may have 255

@@ -21,9 +21,9 @@ from typing import Any
 from etils import epath
 
 from ivcr_jax import checkpoint, telemetry
-from ivcr_jax.config import listed
+from ivcr_jax.config import flat, listed
 from ivcr_jax.data.manifest import atomic
-from ivcr_jax.train import CONFIG, flat
+from ivcr_jax.train import CONFIG
 from launch.expand import Run
 
 FILE = "sweep.json"

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from ivcr_jax.config import listed
-from ivcr_jax.train import flat
+from ivcr_jax.config import flat, listed
 from launch.manifest import Entry, Manifest
 
 PICTURE = "report.png"

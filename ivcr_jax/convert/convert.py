@@ -142,7 +142,7 @@ def _print_counts(shapes: Mapping[str, tuple[int, ...]], new: set[str]) -> None:
 
 def back(folder: epath.Path, to: str, merged: bool, out: epath.Path) -> None:
     """Writes a model folder's parameters as published files."""
-    config = bundle.BundleConfig.from_json((folder / bundle.CONFIG).read_text())
+    config = bundle.read_config(folder)
     with atomic(out) as aside:
         aside.mkdir()
         if to == "hf":

@@ -222,41 +222,6 @@ def feature_features(shape: tuple[int, ...], dtype: Any) -> tfds.features.Featur
     )
 
 
-def write_features(
-    directory: epath.PathLike,
-    videos: Iterable[tuple[str, float, np.ndarray, np.ndarray]],
-    *,
-    shape: tuple[int, ...],
-    dtype: Any,
-    fingerprint: str,
-) -> None:
-    """Writes a feature store of one shard that `VideoStore` reads, atomically.
-
-    Args:
-      directory: where to; must not exist.
-      videos: (id, duration in seconds, times f32[N] in seconds, features dtype[N, *shape]).
-      shape: of one frame's features.
-      dtype: float16 or float32.
-      fingerprint: names what the features were made from and by.
-    """
-    directory = epath.Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists; a feature store is written to a new folder")
-    index: dict[str, list[Any]] = {"id": [], "duration": [], "num_frames": []}
-
-    def indexed() -> Iterable[tuple[str, float, np.ndarray, np.ndarray]]:
-        for name, duration, times, array in videos:
-            for key, value in (("id", name), ("duration", float(duration)), ("num_frames", len(times))):
-                index[key].append(value)
-            yield name, duration, times, array
-
-    with manifest.atomic(directory) as temporary:
-        temporary.mkdir()
-        (path,) = feature_shards(temporary, 1)
-        write_feature_shard(path, indexed(), shape=shape, dtype=dtype)
-        describe_features(temporary, index, [len(index["id"])], shape=shape, dtype=dtype, fingerprint=fingerprint)
-
-
 def feature_shards(directory: epath.PathLike, count: int) -> list[epath.Path]:
     """The paths of a feature store's shards, in record order."""
     template = _feature_template(directory)
@@ -270,7 +235,13 @@ def write_feature_shard(
     shape: tuple[int, ...],
     dtype: Any,
 ) -> None:
-    """Writes one of `feature_shards`, video by video; the file appears when it is whole. Arguments: `write_features`'s.
+    """Writes one of `feature_shards`, video by video; the file appears when it is whole.
+
+    Args:
+      path: of the shard.
+      videos: (id, duration in seconds, times f32[N] in seconds, features dtype[N, *shape]).
+      shape: of one frame's features.
+      dtype: float16 or float32.
 
     Raises ValueError, naming the video, for features of another shape or number.
     """
@@ -314,7 +285,8 @@ def describe_features(
       directory: with all of `feature_shards(directory, len(lengths))`.
       index: "id", "duration" and "num_frames" of every record, in record order.
       lengths: records of each shard.
-      shape, dtype, fingerprint: as `write_features` takes them.
+      shape, dtype: as `write_feature_shard` takes them.
+      fingerprint: names what the features were made from and by.
       made_by: plain values that tell what the features were made from and by; None where nobody will ask.
     """
     directory = epath.Path(directory)

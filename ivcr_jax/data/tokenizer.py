@@ -235,8 +235,6 @@ def train_demo(
     texts: Iterable[str],
     vocab_size: int,
     path: str | os.PathLike[str] | None = None,
-    special_tokens: Sequence[str] = VIDEO_TOKENS,
-    character_coverage: float = 0.9995,
 ) -> Tokenizer:
     """Trains a small LLaMA-like tokenizer: BPE, byte fallback, single digits, text kept as it is.
 
@@ -251,12 +249,10 @@ def train_demo(
       vocab_size: of the model, special tokens not counted. It holds 3 control pieces, 256 bytes, the digits
         and the characters of the texts, and is smaller where these have no more pairs to merge.
       path: where to write the `.model` file as well.
-      special_tokens: as for `Tokenizer.from_proto`.
-      character_coverage: share of the texts' characters that become pieces; the rest is spelt in bytes.
 
     Raises ValueError where the texts are empty, and where `vocab_size` is too small for their characters.
     """
-    cut = re.compile("|".join(map(re.escape, ("\n", "<unk>", "<s>", "</s>", *special_tokens))))
+    cut = re.compile("|".join(map(re.escape, ("\n", "<unk>", "<s>", "</s>", *VIDEO_TOKENS))))
     # Chinese has no spaces that end a word, so pieces of text that repeats itself would be whole clauses. Cut into
     # pairs from the first character of a run and from the second, it gives pieces of two characters at most.
     lines = [line for text in texts for line in cut.split(text) if line.strip()]
@@ -271,7 +267,7 @@ def train_demo(
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
-            character_coverage=character_coverage,
+            character_coverage=0.9995,  # of the texts' characters; the rest is spelt in bytes
             byte_fallback=True,
             pretokenization_delimiter=_BORDER,
             split_digits=True,
@@ -289,7 +285,7 @@ def train_demo(
     if path is not None:
         with open(path, "wb") as file:
             file.write(model.getvalue())
-    return Tokenizer.from_proto(model.getvalue(), special_tokens)
+    return Tokenizer.from_proto(model.getvalue())
 
 
 def _processor(proto: bytes, name: str) -> sentencepiece.SentencePieceProcessor:

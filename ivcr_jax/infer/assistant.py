@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -22,6 +23,7 @@ from ivcr_jax.models.layers import Compute
 
 APART = 0.5  # IoU above which two spans are the same answer
 BLOCK_BYTES = 2**30  # of keys and values of videos that are kept at hand
+QUERIES = 256  # whose vectors are kept: candidates in several orders, and ranks, ask for one more than once
 
 
 class Assistant:
@@ -34,8 +36,18 @@ class Assistant:
       fits: the first stage's score below which nothing fits, or None where the export's card states none.
     """
 
-    def __init__(self, export: epath.PathLike, *, compute: Compute = Compute(dtype="float32")) -> None:
+    def __init__(
+        self,
+        export: epath.PathLike,
+        *,
+        compute: Compute = Compute(dtype="float32"),
+        fingerprint: str | None = None,
+    ) -> None:
         """Loads an export.
+
+        Args:
+          export: the folder. compute: how the models are computed.
+          fingerprint: its `bundle.fingerprint` where that is known, as reading all weights for it takes long.
 
         Raises:
           FileNotFoundError: there is none.
@@ -48,7 +60,7 @@ class Assistant:
             parts = {"model": model, "retriever": retriever, "tokenizer": tokenizer, "retriever tokenizer": queries}
             lacking = listed([name for name, part in parts.items() if part is None])
             raise ValueError(f"{export}: found no {lacking}, expected both models with their tokenizers")
-        self.fingerprint = bundle.fingerprint(export)
+        self.fingerprint = fingerprint or bundle.fingerprint(export)
         self.tokenizer, self.style, self.frames = tokenizer, loaded.config.style, model.config.video.max_frames
         # Then a video's keys and values are the same in every context.
         self.isolated = model.config.layout == "isolated"
@@ -56,14 +68,18 @@ class Assistant:
         self.fits = card.threshold(export)
         self._queries, self._longest = queries, retriever.config.text.max_tokens
         definition, self._retriever = nnx.split(retriever)
-        self._embed = jax.jit(lambda state, tokens: nnx.merge(definition, state).embed_text(tokens))
+        self._run_retriever = jax.jit(lambda state, tokens: nnx.merge(definition, state).embed_text(tokens))
+        self._embed = functools.lru_cache(QUERIES)(self._embed_anew)
         self._best = jax.jit(Moments.best, static_argnums=1)
         self._blocks: collections.OrderedDict[tuple[str, str], Block] = collections.OrderedDict()
 
     def embed(self, query: str) -> np.ndarray:
-        """f32[Dr], of length 1: a query for the first stage."""
+        """f32[Dr], of length 1, not to be changed: a query for the first stage."""
+        return self._embed(query)
+
+    def _embed_anew(self, query: str) -> np.ndarray:
         ids = np.array([encode_query(query, self._queries, self._longest)], np.int32)
-        return np.asarray(self._embed(self._retriever, ids)[0])
+        return np.asarray(self._run_retriever(self._retriever, ids)[0])
 
     def blocks(self, corpus: Corpus, names: Sequence[str]) -> list[Block]:
         """Videos of a corpus in the decoder: those at hand as they are, the others computed, all at once."""

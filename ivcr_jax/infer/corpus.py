@@ -121,6 +121,29 @@ class Record:
     thumbnails: np.ndarray
     thumbnail_sizes: np.ndarray
 
+    def stretch(self, start: float | None, end: float | None) -> np.ndarray:
+        """f32[Dr] of length 1: the embedding of what lies between two times, in seconds; None is the begin and the end.
+
+        Raises ValueError where no frame does.
+        """
+        inside = (self.times >= (start or 0.0)) & (self.times <= (np.inf if end is None else end))
+        if not inside.any():
+            raise ValueError(f"no frame from {start} to {end} s; expected a stretch that holds one")
+        if start is None and end is None:
+            return self.video
+        mean = self.frames[inside].astype(np.float32).mean(0)
+        return mean / np.linalg.norm(mean)
+
+    def nearest(self, query: np.ndarray, span: tuple[float, float] | None = None) -> tuple[tuple[float, float], ...]:
+        """Up to three frames, within a span of seconds where there is one, that are nearest to a query f32[Dr]: seconds
+        and cosine, best first."""
+        scores = self.frames.astype(np.float32) @ query
+        inside = np.ones(len(scores), bool)
+        if span is not None:
+            inside = (self.times >= span[0]) & (self.times <= span[1])
+        best = [i for i in np.argsort(-scores, kind="stable") if inside[i]][:3]
+        return tuple((float(self.times[i]), float(scores[i])) for i in best)
+
 
 class Corpus:
     """A corpus to search, from `Corpus.open`. Attributes: videos: ordered by id. vectors: f32[N, Dr] of length 1, in

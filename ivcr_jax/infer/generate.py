@@ -137,7 +137,7 @@ def generate(
     with lines.growing(out, header, "results", parse) as (append, rows):
         if len(rows) == len(scripts):
             return _failed(rows)
-        assistant = Assistant(export, compute=Compute(dtype=dtype))
+        assistant = Assistant(export, compute=Compute(dtype=dtype), fingerprint=opened.fingerprint)
         with tqdm(desc="generate", initial=len(rows), total=len(scripts), unit="dialogue") as progress:
             # Whole groups, those begun too: who is beside whom decides the last bits of numbers.
             for first in range(len(rows) // batch * batch, len(scripts), batch):

@@ -18,7 +18,7 @@ from ivcr_jax.data import prompt
 from ivcr_jax.data.dialogue import Intent, language_of
 from ivcr_jax.infer import grammar
 from ivcr_jax.infer.assistant import Assistant
-from ivcr_jax.infer.corpus import Corpus, Record
+from ivcr_jax.infer.corpus import Corpus
 from ivcr_jax.infer.engine import GREEDY, Context, Sampling
 from ivcr_jax.infer.reading import LONGEST_MESSAGE, clean, read_turn
 from ivcr_jax.infer.steps import Clock, Steps, finish
@@ -158,13 +158,10 @@ class Session:
         Raises ValueError for an id that the corpus has not, or a stretch without a frame.
         """
         record = self._corpus.read(video)
-        inside = (record.times >= (start or 0.0)) & (record.times <= (np.inf if end is None else end))
-        if not inside.any():
-            raise ValueError(f"{video}: no frame from {start} to {end} s; expected a stretch that holds one")
-        vector = record.video
-        if start is not None or end is not None:
-            mean = record.frames[inside].astype(np.float32).mean(0)
-            vector = mean / np.linalg.norm(mean)
+        try:
+            vector = record.stretch(start, end)
+        except ValueError as error:
+            raise ValueError(f"{video}: {error}") from None
         language = self.turns[-1].language if self.turns else "en"
         words = {"en": "Show me videos similar to this one.", "zh": "再给我找一些类似的视频。"}[language]
         request = Request(Intent.VIDEO, similar=True, bare=True)
@@ -414,17 +411,10 @@ class Session:
         text = yield from self._written(answer, clock)
         video = ranking[0].id if fits else None
         self._keep(asked=asked, rejected=rejected, current=video, moment=None)
-        evidence = self._evidence(self._corpus.read(video), vector) if video else ()
+        evidence = self._corpus.read(video).nearest(vector) if video else ()
         return Turn(message, Intent.VIDEO, language, ranking, fits, video, text=text, evidence=evidence)
 
-    def _locate(
-        self,
-        message: str,
-        language: str,
-        video: str,
-        after: bool,
-        clock: Clock,
-    ) -> Steps:
+    def _locate(self, message: str, language: str, video: str, after: bool, clock: Clock) -> Steps:
         state, assistant = self._state, self._assistant
         record, asked = self._corpus.read(video), self._about(message, language, video)
         self._read(asked, [video])
@@ -439,7 +429,7 @@ class Session:
         answer = grammar.Answer(assistant.grammar, language, number=asked.numbers[0], span=span)
         text = yield from self._written(answer, clock)
         self._keep(current=video, moment=moment)
-        evidence = self._evidence(record, vector, span)
+        evidence = record.nearest(vector, span)
         return Turn(
             message, Intent.MOMENT, language, state.ranking, video=video, moment=moment, others=tuple(others),
             text=text, evidence=evidence,
@@ -451,27 +441,14 @@ class Session:
         times = tuple(self._corpus.read(video).times.tolist())
         return prompt.PromptTurn(message, None, Intent.MOMENT, language, (number,), times)
 
-    def _talk(
-        self,
-        message: str,
-        language: str,
-        clock: Clock,
-        fixed: str | None = None,
-    ) -> Steps:
+    def _talk(self, message: str, language: str, clock: Clock, fixed: str | None = None) -> Steps:
         self._read(prompt.PromptTurn(message, None, Intent.CHAT, language), [])
         clock.lap("read")
         text = yield from self._written(grammar.Answer(self._assistant.grammar, language, fixed=fixed), clock)
         self._keep()
         return Turn(message, Intent.CHAT, language, self._state.ranking, video=self._state.current, text=text)
 
-    def _point(
-        self,
-        message: str,
-        language: str,
-        number: int | None,
-        notes: list[str],
-        clock: Clock,
-    ) -> Steps:
+    def _point(self, message: str, language: str, number: int | None, notes: list[str], clock: Clock) -> Steps:
         """The current video is another one of the list."""
         name = next(ranked.id for ranked in self._state.ranking if ranked.number == number)
         title = prompt.as_text(self._corpus.video(name).title)
@@ -500,17 +477,6 @@ class Session:
         self._state = dataclasses.replace(
             self._state, lengths=here.lengths, positions=here.positions, hidden=here.hidden, **changes
         )
-
-    def _evidence(
-        self, record: Record, vector: np.ndarray, span: tuple[float, float] | None = None
-    ) -> tuple[tuple[float, float], ...]:
-        """Up to three frames of a video (within seconds of a span) that are nearest to a query f32[Dr]."""
-        scores = record.frames.astype(np.float32) @ vector
-        inside = np.ones(len(scores), bool)
-        if span is not None:
-            inside = (record.times >= span[0]) & (record.times <= span[1])
-        best = [i for i in np.argsort(-scores, kind="stable") if inside[i]][:3]
-        return tuple((float(record.times[i]), float(scores[i])) for i in best)
 
 
 def say_together(sessions: Sequence[Session], messages: Sequence[Message]) -> list[Turn | Exception]:

@@ -13,7 +13,8 @@ CORPUS_RECALLS = (1, 5, 10, 100)
 
 def interval_iou(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """IoU of spans f[..., 2] in seconds: f[...]; 0 where both are empty."""
-    overlap = _overlap(found, wanted)
+    overlap = np.minimum(found[..., 1], wanted[..., 1]) - np.maximum(found[..., 0], wanted[..., 0])
+    overlap = np.maximum(overlap, 0)
     union = (found[..., 1] - found[..., 0]) + (wanted[..., 1] - wanted[..., 0]) - overlap
     return overlap / np.maximum(union, 1e-9)
 
@@ -26,21 +27,6 @@ def apart(spans: np.ndarray, most: int, overlap: float) -> list[int]:
         chosen.append(int(left[0]))
         left = left[1:][interval_iou(spans[left[1:]], spans[left[0]]) <= overlap]
     return chosen
-
-
-def hull_iou(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Overlap by the shortest span around both, as published (metrics/eval.py of IVCR): f[...] of f[..., 2].
-
-    Spans that overlap have the same by both definitions, and others 0. Empty spans at the same place have 0; the
-    published code stops there.
-    """
-    hull = np.maximum(found[..., 1], wanted[..., 1]) - np.minimum(found[..., 0], wanted[..., 0])
-    return _overlap(found, wanted) / np.maximum(hull, 1e-9)
-
-
-def _overlap(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    shared = np.minimum(found[..., 1], wanted[..., 1]) - np.maximum(found[..., 0], wanted[..., 0])
-    return np.maximum(shared, 0)
 
 
 def ious(moments: Sequence[Sequence[Moment]], videos: Sequence[str], spans: np.ndarray) -> np.ndarray:

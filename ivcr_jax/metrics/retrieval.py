@@ -3,8 +3,6 @@
 A query's rank is its true video's place, from 1, or infinity where that was not found.
 """
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 
 RECALLS = (1, 5, 10)
@@ -32,23 +30,3 @@ def per_query(ranks: np.ndarray, pools: np.ndarray) -> dict[str, np.ndarray]:
         gains = np.where(ranks <= CUT, 1 / np.log2(1 + ranks), 0.0)
     hits = {f"r{most}": (ranks <= most).astype(np.float64) for most in RECALLS}
     return {**hits, "mrr": 1 / ranks, f"ndcg{CUT}": gains, "rank": np.minimum(ranks, pools + 1)}
-
-
-def graded_ndcg(rankings: Sequence[Sequence[str]], relevance: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """nDCG@10 with grades (Järvelin and Kekäläinen, 2002, as trec_eval has it: a grade is its gain): f64[Q].
-
-    Args:
-      rankings: ids of videos, best first, each once. relevance: grade > 0 by id; others have 0.
-
-    A query with nothing relevant has 0.
-    """
-    discounts = 1 / np.log2(np.arange(2, CUT + 2))
-    found = np.zeros((len(rankings), CUT))
-    ideal = np.zeros_like(found)
-    for row, (ranking, grades) in enumerate(zip(rankings, relevance, strict=True)):
-        gains = [grades.get(video, 0.0) for video in ranking[:CUT]]
-        best = sorted(grades.values(), reverse=True)[:CUT]
-        found[row, : len(gains)] = gains
-        ideal[row, : len(best)] = best
-    total = ideal @ discounts
-    return np.divide(found @ discounts, total, out=np.zeros(len(found)), where=total > 0)

@@ -319,8 +319,3 @@ def run_stack(
     count = jax.tree.leaves(state)[0].shape[0]
     keys = None if key is None else jax.random.split(key, count)
     return jax.lax.scan(checkpointed(step, remat), x, (state, each, keys))
-
-
-def count_parameters(module: nnx.Module) -> int:
-    """The number of parameters, also of a module made by `nnx.eval_shape`."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

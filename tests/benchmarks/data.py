@@ -20,10 +20,11 @@ import av
 import numpy as np
 from absl import app, flags
 
-from ivcr_jax.data import batches, packing, pipeline, store, synth
+from ivcr_jax.data import batches, packing, pipeline, synth
 from ivcr_jax.data.encoding import EncodingConfig
 from ivcr_jax.data.store import DialogueStore, VideoStore
 from ivcr_jax.data.tokenizer import Tokenizer, train_demo
+from tests.data import sources
 from tfds_builder.build import build
 from tfds_builder.ivcr200k_videos.ivcr200k_videos_dataset_builder import VideosConfig
 
@@ -101,7 +102,7 @@ def bench_packing(work: pathlib.Path) -> dict[str, object]:
         times = np.arange(64, dtype=np.float32)
         nothing = np.zeros((64, 1), np.float16)
         videos = ((row["video"].rsplit(".", 1)[0], row["duration"], times, nothing) for row in truth)
-        store.write_features(features, videos, shape=(1,), dtype=np.float16, fingerprint="nothing")
+        sources.write_features(features, videos, shape=(1,), dtype=np.float16, fingerprint="nothing")
     dialogues, videos = DialogueStore(data, "train"), VideoStore(features)
     tokenizer = _tokenizer(dialogues, 8000)
     found = {}

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -69,10 +70,28 @@ def features_of(number: int) -> tuple[str, float, np.ndarray, np.ndarray]:
     return name_of(number), 5.0 + number, np.arange(frames, dtype=np.float32), array
 
 
+def write_features(
+    folder: pathlib.Path,
+    videos: Iterable[tuple[str, float, np.ndarray, np.ndarray]],
+    *,
+    shape: tuple[int, ...],
+    dtype: type[np.floating],
+    fingerprint: str,
+) -> None:
+    """A feature store of one shard; the arguments are those of `store.write_feature_shard` and of its description."""
+    folder.mkdir()
+    rows = list(videos)
+    columns = {"id": 0, "duration": 1, "num_frames": 2}
+    index = {key: [len(row[2]) if place == 2 else row[place] for row in rows] for key, place in columns.items()}
+    (path,) = store.feature_shards(folder, 1)
+    store.write_feature_shard(path, rows, shape=shape, dtype=dtype)
+    store.describe_features(folder, index, [len(rows)], shape=shape, dtype=dtype, fingerprint=fingerprint)
+
+
 def build_features(folder: pathlib.Path, videos: range = range(VIDEOS)) -> pathlib.Path:
     """Writes the feature store folder/features."""
     path = folder / "features"
-    store.write_features(
+    write_features(
         path, (features_of(n) for n in videos), shape=SHAPE, dtype=np.float32, fingerprint=f"features of {videos}"
     )
     return path

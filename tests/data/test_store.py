@@ -96,18 +96,10 @@ def test_stores_travel_to_other_processes(folder):
     assert dialogues[0] == first and len(videos.read("corpus/v1").times) == 5
 
 
-def test_half_written_features_do_not_count(folder, tmp_path):
-    with pytest.raises(RuntimeError, match="stopped"):
-        store.write_features(tmp_path / "features", _stopping(), shape=sources.SHAPE, dtype=np.float32, fingerprint="x")
-    assert list(tmp_path.iterdir()) == []
+def test_features_of_another_shape_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"corpus/v1: features \(5, 2, 3\) at 5 times; expected \(5, 9\)"):
-        store.write_features(
-            tmp_path / "features", [sources.features_of(1)], shape=(9,), dtype=np.float32, fingerprint="x"
-        )
-    with pytest.raises(FileExistsError):
-        store.write_features(
-            folder / "features", [sources.features_of(1)], shape=sources.SHAPE, dtype=np.float32, fingerprint="x"
-        )
+        store.write_feature_shard(tmp_path / "x", [sources.features_of(1)], shape=(9,), dtype=np.float32)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("fault", ["absent", "empty"])

@@ -29,6 +29,7 @@ from ivcr_jax.models.lora import LoraConfig
 from ivcr_jax.models.qformer import QFormerConfig
 from ivcr_jax.models.video_encoder import VideoEncoderConfig
 from ivcr_jax.models.vit import ViTConfig
+from tests.data import sources
 
 F32 = Compute(dtype="float32", attention="xla")
 VIT = ViTConfig(image_size=8, patch_size=4, width=16, layers=2, heads=2, mlp_width=24)
@@ -225,7 +226,7 @@ def world(tmp_path_factory):
         (name, 6.0 + frames, np.arange(frames, dtype=np.float32), rng.standard_normal((frames, *shape)))
         for name, frames in VIDEOS.items()
     )
-    store.write_features(folder, videos, shape=shape, dtype=np.float32, fingerprint="random")
+    sources.write_features(folder, videos, shape=shape, dtype=np.float32, fingerprint="random")
     wording = (
         "[INST] <<SYS>> You are an excellent video retrieval AI assistant. <</SYS>> Candidate videos : Current [/INST]"
     )

@@ -18,7 +18,7 @@ from ivcr_jax.data.prompt import PromptStyle
 from ivcr_jax.models import lora
 from ivcr_jax.models.heads import MomentHead, MomentHeadConfig, RankHead, RankHeadConfig
 from ivcr_jax.models.interllava import InterLLaVA, InterLLaVAConfig
-from ivcr_jax.models.layers import REMAT_POLICIES, Compute, count_parameters
+from ivcr_jax.models.layers import REMAT_POLICIES, Compute
 from ivcr_jax.models.llama import Llama, LlamaConfig
 from ivcr_jax.models.lora import LoraConfig
 from ivcr_jax.models.qformer import QFormer
@@ -35,6 +35,10 @@ from tests.models.conftest import F32, QFORMER, VIDEO_QFORMER, VIT, fill, operat
 def published():
     """The published model, abstract: 8 billion parameters that take no memory."""
     return nnx.eval_shape(lambda: InterLLaVA(InterLLaVAConfig(llama_ids_for_qformer=True), nnx.Rngs(0)))
+
+
+def count_parameters(module):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 def test_the_published_sizes(published):

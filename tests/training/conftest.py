@@ -25,7 +25,6 @@ from flax import nnx
 from ivcr_jax import bundle, train
 from ivcr_jax.checkpoint import CheckpointConfig
 from ivcr_jax.config import to_dict
-from ivcr_jax.data import store
 from ivcr_jax.data.prompt import PromptStyle
 from ivcr_jax.data.tokenizer import train_demo
 from ivcr_jax.losses import LossConfig
@@ -187,7 +186,7 @@ def write_videos(path, shape=(VIT.patches, VIT.width), seed=0, nan=None):
         if number == nan:
             features[:, 1] = np.nan
         videos.append((sources.name_of(number), 5.0 + number, np.arange(frames, dtype=np.float32), features))
-    store.write_features(path, videos, shape=shape, dtype=np.float32, fingerprint=f"random {shape} {seed} {nan}")
+    sources.write_features(path, videos, shape=shape, dtype=np.float32, fingerprint=f"random {shape} {seed} {nan}")
 
 
 @pytest.fixture(scope="session")
