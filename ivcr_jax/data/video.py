@@ -34,18 +34,28 @@ class JpegError(VideoError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Views:
+class Frames:
     """Decoded frames in order of presentation.
 
     Attributes:
-      images: RGB at several sizes, u8[T, H, W, 3] by (H, W).
-      thumbnails: T complete JPEG files.
+      images: u8[T, H, W, 3], RGB.
       times: f32[T], strictly increasing seconds at which they are presented.
       info: of the whole video.
       damaged: packets that did not decode, among those read.
       substituted: wanted frames that did not decode. The frame shown before stands in for each, unless it
         is there already.
     """
+
+    images: np.ndarray
+    times: np.ndarray
+    info: VideoInfo
+    damaged: int
+    substituted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """As `Frames`, with the images at several sizes u8[T, H, W, 3] by (H, W), and T thumbnails, complete JPEG files."""
 
     images: dict[tuple[int, int], np.ndarray]
     thumbnails: list[bytes]
@@ -57,7 +67,7 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedFrames:
-    """As `Views`, of T complete JPEG files alone."""
+    """As `Frames`, with T complete JPEG files in place of the images."""
 
     jpegs: list[bytes]
     times: np.ndarray
@@ -89,18 +99,20 @@ def probe(path: StrPath, scan: bool = True) -> VideoInfo:
         return media.info_of(path, stream, frame, line.duration, len(line.pts), declared)
 
 
-def choose_frames(pts: np.ndarray, end: int, num_frames: int) -> np.ndarray:
+def choose_frames(pts: np.ndarray, end: int, num_frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """Chooses frames by the time they are shown at.
 
     A video of at most `num_frames` frames gives each of them once. Else [0, end) is split into `num_frames`
-    equal intervals, and the centre of each takes the frame being shown then: the last with pts <= centre. A
-    frame shown at several centres (variable frame rate, intervals of about a frame) is taken once: there are
-    never duplicates, and may be fewer frames than asked, for the caller to pad and mask.
+    equal intervals and an instant is taken in each, its centre or with `rng` a uniformly drawn one. Each
+    instant takes the frame being shown then: the last with pts <= instant. A frame shown at several
+    instants (variable frame rate, intervals of about a frame) is taken once: there are never duplicates,
+    and may be fewer frames than asked, for the caller to pad and mask.
 
     Args:
       pts: i64[N], strictly increasing presentation times in ticks, the first 0.
       end: the video's duration in ticks.
       num_frames: T.
+      rng: None for the centres.
 
     Returns:
       i64[<= T], strictly increasing indices into pts.
@@ -109,9 +121,47 @@ def choose_frames(pts: np.ndarray, end: int, num_frames: int) -> np.ndarray:
         raise ValueError(f"num_frames is {num_frames}, expected at least 1.")
     if len(pts) <= num_frames:
         return np.arange(len(pts))
-    # In integers: centres often fall exactly on the start of a frame.
-    centres = (2 * np.arange(num_frames, dtype=np.int64) + 1) * end // (2 * num_frames)
-    return np.unique(np.searchsorted(pts, centres, side="right") - 1)
+    instants: np.ndarray
+    if rng is None:  # in integers: centres often fall exactly on the start of a frame
+        instants = (2 * np.arange(num_frames, dtype=np.int64) + 1) * end // (2 * num_frames)
+    else:
+        instants = (np.arange(num_frames) + rng.random(num_frames)) * (end / num_frames)
+    return np.unique(np.searchsorted(pts, instants, side="right") - 1)
+
+
+def sample_frames(
+    path: StrPath,
+    num_frames: int,
+    *,
+    size: tuple[int, int],
+    rng: np.random.Generator | None = None,
+    threads: int = 1,
+) -> Frames:
+    """Frames of a video as RGB, chosen by `choose_frames`.
+
+    The picture is turned upright and resized to `size` whatever its aspect, as the published system does,
+    with swscale's bilinear: its kernel widens when shrinking, so it does not alias, it interpolates where a
+    side grows, and it costs a third less than bicubic. Colours follow the stream's tags; an untagged stream is
+    read as limited-range BT.601, libav's default.
+
+    Args:
+      path: a local file.
+      num_frames: T, at least 1. Fewer come back from a video with fewer.
+      size: (H, W) of the images.
+      rng: None for the frame at each interval's centre, a generator for a random one.
+      threads: of the decoder. 1 suits callers that read several files in parallel.
+
+    Raises:
+      VideoError: the file is missing, unreadable, or none of it decodes. Single damaged frames are replaced
+        and counted instead.
+    """
+    scaler = VideoReformatter()
+
+    def convert(frame: VideoFrame) -> np.ndarray:
+        return pictures.rgb(scaler, frame, size)
+
+    images, times, info, damaged, substituted = _pick(path, num_frames, rng, convert, threads)
+    return Frames(np.stack(images), times, info, damaged, substituted)
 
 
 def sample_views(
@@ -121,24 +171,18 @@ def sample_views(
     sizes: Collection[tuple[int, int]],
     thumbnail_height: int,
     quality: int,
+    threads: int = 1,
 ) -> Views:
-    """Frames of a video, chosen by `choose_frames`, as RGB at several sizes and as thumbnails, decoded once.
-
-    The picture is turned upright and resized whatever its aspect, as the published system does, with swscale's
-    bilinear: its kernel widens when shrinking, so it does not alias, it interpolates where a side grows, and it
-    costs a third less than bicubic. Colours follow the stream's tags; an untagged stream is read as
-    limited-range BT.601, libav's default.
+    """The frames of `sample_frames` (without rng) at several sizes, and as thumbnails, from one pass of decoding.
 
     Args:
-      path: a local file.
-      num_frames: T, at least 1. Fewer come back from a video with fewer.
+      path, num_frames, threads: as in `sample_frames`.
       sizes: (H, W) of each size.
       thumbnail_height: at most, in pixels. A thumbnail keeps the upright picture's aspect and is never larger than it.
       quality: of the thumbnails, as in `sample_jpegs`.
 
     Raises:
-      VideoError: the file is missing, unreadable, or none of it decodes. Single damaged frames are replaced
-        and counted instead.
+      VideoError: as `sample_frames`.
     """
     scalers = {size: VideoReformatter() for size in sizes}  # each keeps its tables from frame to frame
     jpeg: pictures.Jpeg | None = None
@@ -149,26 +193,28 @@ def sample_views(
             jpeg = pictures.Jpeg(pictures.within(frame, thumbnail_height), quality)
         return {size: pictures.rgb(scaler, frame, size) for size, scaler in scalers.items()}, jpeg.write(frame)
 
-    items, times, info, damaged, substituted = _pick(path, num_frames, convert)
+    items, times, info, damaged, substituted = _pick(path, num_frames, None, convert, threads)
     images = {size: np.stack([views[size] for views, _ in items]) for size in scalers}
     return Views(images, [thumbnail for _, thumbnail in items], times, info, damaged, substituted)
 
 
-def sample_jpegs(path: StrPath, num_frames: int, *, size: tuple[int, int], quality: int) -> EncodedFrames:
-    """The frames of `sample_views` as JPEG files, without a detour over RGB.
+def sample_jpegs(
+    path: StrPath, num_frames: int, *, size: tuple[int, int], quality: int, threads: int = 1
+) -> EncodedFrames:
+    """The frames of `sample_frames` (without rng) as JPEG files, without a detour over RGB.
 
     swscale's planes go to libav's encoder as full-range BT.601, which JFIF readers assume, in 4:2:0: videos
     hold their colour so, and 4:4:4 would cost a third more bytes and nearly half more encoding time.
 
     Args:
-      path, num_frames: as in `sample_views`. size: (H, W).
+      path, num_frames, size, threads: as in `sample_frames`.
       quality: 1..100. libav's quantiser is 1 + (100 - quality) / 5, rounded. From 50 to 95 the error is
         within 1 dB of what libjpeg makes at that number, and the files are smaller.
 
     Raises:
-      VideoError: as `sample_views`.
+      VideoError: as `sample_frames`.
     """
-    return EncodedFrames(*_pick(path, num_frames, pictures.Jpeg(size, quality).write))
+    return EncodedFrames(*_pick(path, num_frames, None, pictures.Jpeg(size, quality).write, threads))
 
 
 def decode_jpegs(jpegs: Sequence[bytes], size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
@@ -207,21 +253,25 @@ class _Inexact(Exception):
 
 
 def _pick(
-    path: StrPath, num_frames: int, convert: Callable[[VideoFrame], _T]
+    path: StrPath,
+    num_frames: int,
+    rng: np.random.Generator | None,
+    convert: Callable[[VideoFrame], _T],
+    threads: int,
 ) -> tuple[list[_T], np.ndarray, VideoInfo, int, int]:
-    """Chooses frames and returns them converted, with the other fields of `EncodedFrames`."""
+    """Chooses frames and returns them converted, with the other fields of `Frames`."""
     line = media.scan(path)
-    wanted = choose_frames(line.pts - line.pts[0], line.end, num_frames)
+    wanted = choose_frames(line.pts - line.pts[0], line.end, num_frames, rng)
     ranges = media.ranges_of(line, wanted) if line.ordered else []
     # From cheap to tolerant: without the groups of pictures that hold no wanted frame; all packets; and
     # counting frames, where the container's times cannot be those of the frames.
     if ranges:
         with contextlib.suppress(_Inexact):
-            return _decode(path, line, wanted, convert, ranges=ranges)
+            return _decode(path, line, wanted, convert, threads, ranges=ranges)
     if line.stamped:
         with contextlib.suppress(_Inexact):
-            return _decode(path, line, wanted, convert)
-    return _decode(path, line, wanted, convert, by_rank=True)
+            return _decode(path, line, wanted, convert, threads)
+    return _decode(path, line, wanted, convert, threads, by_rank=True)
 
 
 def _decode(
@@ -229,6 +279,7 @@ def _decode(
     line: media.Timeline,
     wanted: np.ndarray,
     convert: Callable[[VideoFrame], _T],
+    threads: int,
     ranges: Sequence[tuple[int, int]] = (),
     by_rank: bool = False,
 ) -> tuple[list[_T], np.ndarray, VideoInfo, int, int]:
@@ -254,7 +305,8 @@ def _decode(
             items.append(convert(frame))
 
     with media.open_video(path) as (container, stream):
-        stream.codec_context.thread_count = 1  # callers read several files in parallel
+        stream.codec_context.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
         packets = media.packets_of(container, stream) if line.packets is None else line.packets
         for rank, frame in enumerate(media.decoded(stream.codec_context, packets, ranges)):
             if frame is None:

@@ -75,7 +75,7 @@ def add(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
 
 
 def merge(model: nnx.Module, dtype: Any = None) -> dict[str, Lora]:
-    """Adds every addition into its kernel, in f32, and takes it off. Returns them by path.
+    """Adds every addition into its kernel, in f32, and takes it off. Returns them by path, for `unmerge`.
 
     Args:
       model: to change.
@@ -90,6 +90,19 @@ def merge(model: nnx.Module, dtype: Any = None) -> dict[str, Lora]:
         linear.kernel[...] = (kernel.astype(jnp.float32) + lora.product()).astype(dtype or kernel.dtype)
         linear.lora = None
     return taken
+
+
+def unmerge(model: nnx.Module, taken: dict[str, Lora]) -> None:
+    """Undoes `merge`: the model computes the same, with the additions beside the kernels again.
+
+    The kernels come back up to rounding in their dtype.
+    """
+    projections = _projections(model)
+    for path, lora in taken.items():
+        linear = projections[path]
+        kernel = linear.kernel[...]
+        linear.kernel[...] = (kernel.astype(jnp.float32) - lora.product()).astype(kernel.dtype)
+        linear.lora = lora
 
 
 def _projections(model: nnx.Module) -> dict[str, Linear]:

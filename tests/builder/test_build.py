@@ -12,9 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from ivcr_jax.data import manifest, source, store, synth
+from ivcr_jax.data import manifest, source, store, synth, video
 from ivcr_jax.data.dialogue import Intent
-from tests.data.video_fixtures import sample_frames
 from tfds_builder.build import build
 from tfds_builder.ivcr200k_videos.ivcr200k_videos_dataset_builder import VideosConfig
 
@@ -99,7 +98,7 @@ def test_videos_hold_the_frames_a_plain_decode_gives(good, built):
     files = {p.relative_to(good / "videos").with_suffix("").as_posix(): p for p in (good / "videos").rglob("*.*")}
     assert set(videos.duration) == set(files)
     for name, path in files.items():
-        expected = sample_frames(str(path), CONFIG.frames, size=(CONFIG.size, CONFIG.size))
+        expected = video.sample_frames(str(path), CONFIG.frames, size=(CONFIG.size, CONFIG.size))
         stored = videos.read(name)
         assert stored.times == pytest.approx(expected.times)
         assert videos.duration[name] == pytest.approx(expected.info.duration, rel=1e-6)

@@ -24,7 +24,6 @@ from tests.data.video_fixtures import (
     choose_slowly,
     number_of,
     packets_of,
-    sample_frames,
     tear,
     write_audio,
     write_video,
@@ -102,7 +101,7 @@ def all_pictures(path):
 def check_uniform(path, count):
     times = [Fraction(number, FPS) for number in range(COUNT)]
     expected = choose_slowly(times, Fraction(COUNT, FPS), count)
-    got = sample_frames(path, count, size=SIZE)
+    got = video.sample_frames(path, count, size=SIZE)
     assert [number_of(image) for image in got.images] == expected
     np.testing.assert_array_equal(got.images, all_pictures(path)[expected])
     np.testing.assert_allclose(got.times, np.array(expected) / FPS, atol=1e-6)
@@ -124,6 +123,22 @@ class TestChosenFrames:
             with pytest.raises(AssertionError):
                 check_uniform(clip, count)
 
+    def test_random_ones_lie_in_their_intervals(self, numbered):
+        for seed in range(4):
+            got = video.sample_frames(numbered, 6, size=SIZE, rng=np.random.default_rng(seed))
+            numbers = [number_of(image) for image in got.images]
+            assert [number // 10 for number in numbers] == list(range(6))
+            np.testing.assert_array_equal(got.images, all_pictures(numbered)[numbers])
+            np.testing.assert_allclose(got.times, np.array(numbers) / FPS, atol=1e-6)
+
+    def test_random_ones_follow_the_seed(self, clip):
+        def numbers(seed):
+            got = video.sample_frames(clip, 6, size=SIZE, rng=np.random.default_rng(seed))
+            return [number_of(image) for image in got.images]
+
+        assert numbers(3) == numbers(3)
+        assert len({tuple(numbers(seed)) for seed in range(5)}) == 5
+
     @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
     @pytest.mark.parametrize("count", [1, 5, 12, 29, 40])
     def test_follow_time_where_the_rate_varies(self, tmp_path, suffix, count):
@@ -132,12 +147,16 @@ class TestChosenFrames:
         path = write_video(tmp_path / f"vfr.{suffix}", count=30, pts=stamps, options={"bf": "2"})
         info = video.probe(path)
         assert stamps[-1] / 1000 < info.duration < stamps[-1] / 1000 + 1
-        got = sample_frames(path, count, size=SIZE)
+        got = video.sample_frames(path, count, size=SIZE)
         expected = choose_slowly(
             [Fraction(stamp, 1000) for stamp in stamps], Fraction(info.duration).limit_denominator(10**6), count
         )
         assert [number_of(image) for image in got.images] == expected
         np.testing.assert_allclose(got.times, [stamps[number] / 1000 for number in expected], atol=1e-6)
+
+    def test_are_the_same_with_more_threads(self, numbered):
+        one, two = (video.sample_frames(numbered, 9, size=SIZE, threads=threads) for threads in (1, 2))
+        np.testing.assert_array_equal(one.images, two.images)
 
     def test_are_the_same_in_parallel_calls(self, clip):
         alone = video.sample_jpegs(clip, 8, size=SIZE, quality=90)
@@ -149,7 +168,7 @@ class TestChosenFrames:
         fed = []
         feed = media.feed
         monkeypatch.setattr(media, "feed", lambda context, packet: fed.append(packet) or feed(context, packet))
-        got = sample_frames(clip, 2, size=SIZE)
+        got = video.sample_frames(clip, 2, size=SIZE)
         assert [number_of(image) for image in got.images] == [15, 45]
         assert sum(packet is not None for packet in fed) <= 24  # two groups of twelve, out of five
 
@@ -163,7 +182,7 @@ class TestChosenFrames:
         monkeypatch.setattr(video, "_decode", lambda *a, **k: calls.append(k) or decode(*a, **k))
         for index in range(COUNT):
             monkeypatch.setattr(video, "choose_frames", lambda *a, index=index: np.array([index]))
-            image = sample_frames(path, 1, size=SIZE).images[0]
+            image = video.sample_frames(path, 1, size=SIZE).images[0]
             np.testing.assert_array_equal(image, all_pictures(path)[index])
         assert len(calls) == COUNT
         assert sum("ranges" in call for call in calls) >= COUNT - line.packet[line.key][1] - 5
@@ -172,10 +191,10 @@ class TestChosenFrames:
     def test_are_the_same_in_a_file_too_large_to_keep(self, kind, tmp_path, monkeypatch):
         name, codec, options, b_frames = KINDS[kind]
         path = write_video(tmp_path / name, codec, COUNT, options=options, b_frames=b_frames)
-        kept = sample_frames(path, 9, size=SIZE)
+        kept = video.sample_frames(path, 9, size=SIZE)
         monkeypatch.setattr(media, "KEPT_BYTES", 0)
         assert media.scan(path).packets is None
-        np.testing.assert_array_equal(sample_frames(path, 9, size=SIZE).images, kept.images)
+        np.testing.assert_array_equal(video.sample_frames(path, 9, size=SIZE).images, kept.images)
 
     def test_are_held_one_at_a_time(self, clip, monkeypatch):
         class Held:
@@ -194,7 +213,7 @@ class TestChosenFrames:
             made.add(frame)
             most.append(len(made))
 
-        video._pick(clip, COUNT, convert)
+        video._pick(clip, COUNT, None, convert, 1)
         assert len(most) == COUNT and max(most) <= 2  # the one at hand and the one before
 
 
@@ -216,6 +235,14 @@ class TestChooseFrames:
 
     def test_never_repeats_a_frame(self):
         assert video.choose_frames(np.array([0, 1, 2, 3, 4, 900]), 1000, 5).tolist() == [4, 5]
+        chosen = video.choose_frames(np.arange(10), 10, 9, np.random.default_rng(0))
+        assert len(set(chosen.tolist())) == len(chosen) <= 9
+
+    def test_draws_once_in_each_interval(self):
+        pts = np.arange(1000)
+        draws = np.stack([video.choose_frames(pts, 1000, 10, np.random.default_rng(s)) for s in range(200)])
+        assert (draws // 100 == np.arange(10)).all()
+        assert draws.min() < 10 and draws.max() > 990  # both ends of an interval are in reach
 
     def test_needs_a_number(self):
         with pytest.raises(ValueError, match="num_frames"):
@@ -238,7 +265,7 @@ class TestProbe:
         path = write_video(tmp_path / "still.png", "png", 1, pix_fmt="rgb24", container_format="image2")
         info = video.probe(path)
         assert info.num_frames == 1 and info.duration > 0
-        got = sample_frames(path, 8, size=SIZE)
+        got = video.sample_frames(path, 8, size=SIZE)
         np.testing.assert_array_equal(got.images[0], barcode(0))
         assert got.times.tolist() == [0.0]
 
@@ -252,7 +279,7 @@ class TestProbe:
         path = write_video(tmp_path / "t.mp4", pictures=[stored] * 3, rotation=-turn if turn < 270 else 90)
         info = video.probe(path)
         assert (info.rotation, info.width, info.height) == (turn, 96, 64)
-        upright = sample_frames(path, 1, size=(64, 96)).images
+        upright = video.sample_frames(path, 1, size=(64, 96)).images
         jpegs = video.sample_jpegs(path, 1, size=(64, 96), quality=95).jpegs
         assert b"Exif" not in jpegs[0]
         for images in (upright, video.decode_jpegs(jpegs, (64, 96))):
@@ -284,7 +311,7 @@ class TestUnusableFiles:
         for call in (
             lambda: video.probe(path),
             lambda: video.probe(path, scan=False),
-            lambda: sample_frames(path, 4, size=SIZE),
+            lambda: video.sample_frames(path, 4, size=SIZE),
             lambda: video.sample_jpegs(path, 4, size=SIZE, quality=90),
         ):
             with pytest.raises(error, match="影片 clip.mp4") as caught:
@@ -295,7 +322,7 @@ class TestUnusableFiles:
 
     def test_nothing_decodes(self, tmp_path):
         path = tear(write_video(tmp_path / "noise.avi", "mpeg4", 5), *range(5))
-        for call in (video.probe, lambda path: sample_frames(path, 4, size=SIZE)):
+        for call in (video.probe, lambda path: video.sample_frames(path, 4, size=SIZE)):
             with pytest.raises(video.VideoNoFramesError, match="noise.avi") as caught:
                 call(path)
             assert caught.value.reason == "video_no_frames"
@@ -316,7 +343,7 @@ class TestDamage:
         assert info.duration == pytest.approx(info.num_frames / FPS, abs=0.2)
         assert info.declared_duration == pytest.approx(8.0, abs=0.1)
         assert info.truncated
-        got = sample_frames(path, 8, size=SIZE)
+        got = video.sample_frames(path, 8, size=SIZE)
         numbers = [number_of(image) for image in got.images]
         assert numbers == [round(time * FPS) for time in got.times.tolist()]
         assert len(numbers) == 8
@@ -326,17 +353,17 @@ class TestDamage:
         path = cut(write_video(tmp_path / "cut.mp4", count=200, container_options=options), 0.6)
         info = video.probe(path)
         assert 40 < info.num_frames < 200 and info.truncated
-        got = sample_frames(path, 6, size=SIZE)
+        got = video.sample_frames(path, 6, size=SIZE)
         assert len(got.images) >= 5
         sound = [(number_of(image), round(time * FPS)) for image, time in zip(got.images, got.times, strict=True)]
         assert all(number == place for number, place in sound[:-1])  # the very last packet may be torn
 
     def test_the_frame_before_stands_in(self, tmp_path):
         path = tear(write_video(tmp_path / "torn.mkv", "libx264", 20, options={"g": "1"}), 7, 8, 13)
-        got = sample_frames(path, 20, size=SIZE)
+        got = video.sample_frames(path, 20, size=SIZE)
         assert [number_of(image) for image in got.images] == [n for n in range(20) if n not in (7, 8, 13)]
         assert (got.damaged, got.substituted) == (3, 3)
-        got = sample_frames(path, 10, size=SIZE)  # 1, 3, 5, ... of which 7 and 13 are torn
+        got = video.sample_frames(path, 10, size=SIZE)  # 1, 3, 5, ... of which 7 and 13 are torn
         assert got.damaged == 3
         assert [number_of(image) for image in got.images] == [1, 3, 5, 6, 9, 11, 12, 15, 17, 19]
         np.testing.assert_allclose(got.times * FPS, [1, 3, 5, 6, 9, 11, 12, 15, 17, 19], atol=1e-4)
@@ -344,18 +371,18 @@ class TestDamage:
 
     def test_torn_last_frames_are_left_out(self, tmp_path):
         path = tear(write_video(tmp_path / "torn.avi", "mjpeg", 6, pix_fmt="yuvj420p"), 4, 5)
-        got = sample_frames(path, 6, size=SIZE)
+        got = video.sample_frames(path, 6, size=SIZE)
         assert [number_of(image) for image in got.images] == [0, 1, 2, 3]
         assert (got.damaged, got.substituted) == (2, 2)
 
     def test_a_torn_first_frame_is_replaced_by_the_next(self, tmp_path):
         path = tear(write_video(tmp_path / "torn.avi", "mjpeg", 6, pix_fmt="yuvj420p"), 0)
-        got = sample_frames(path, 6, size=SIZE)
+        got = video.sample_frames(path, 6, size=SIZE)
         assert [number_of(image) for image in got.images] == [1, 2, 3, 4, 5]
         assert (got.damaged, got.substituted) == (1, 1)
         assert video.probe(path) == got.info and got.info.num_frames == 6
         path = tear(write_video(tmp_path / "more.avi", "mjpeg", 3, pix_fmt="yuvj420p"), 0, 1)
-        got = sample_frames(path, 1, size=SIZE)  # the middle one of three
+        got = video.sample_frames(path, 1, size=SIZE)  # the middle one of three
         assert [number_of(image) for image in got.images] == [2]
 
 
@@ -405,7 +432,7 @@ class TestOddFiles:
                     made.mux(extra)
         assert len(packets_of(path)) == 35
         assert video.probe(path).num_frames == 30
-        got = sample_frames(path, 30, size=SIZE)
+        got = video.sample_frames(path, 30, size=SIZE)
         np.testing.assert_allclose(got.times, np.arange(30) / FPS, atol=1e-6)
         assert len(got.images) == 30 and got.substituted == 0
 
@@ -457,7 +484,7 @@ class TestColor:
                 frame.colorspace, frame.color_range = codes[colorspace], 2 if full else 1
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-        images = sample_frames(path, 4, size=(32, 48)).images
+        images = video.sample_frames(path, 4, size=(32, 48)).images
         jpegs = video.sample_jpegs(path, 4, size=(32, 48), quality=95).jpegs
         for image, coded, triple in zip(images, video.decode_jpegs(jpegs, (32, 48)), triples, strict=True):
             right = rgb_of(*triple, *weights, full)
@@ -485,7 +512,7 @@ class TestJpeg:
     @pytest.mark.parametrize("quality", [100, 90, 75, 40])
     @pytest.mark.parametrize("size", [(224, 224), (97, 131)])
     def test_round_trip_is_near_the_frames(self, pictures, quality, size):
-        frames = sample_frames(pictures, 5, size=size)
+        frames = video.sample_frames(pictures, 5, size=size)
         coded = video.sample_jpegs(pictures, 5, size=size, quality=quality)
         np.testing.assert_array_equal(coded.times, frames.times)
         assert coded.info == frames.info
@@ -496,7 +523,7 @@ class TestJpeg:
         assert np.abs(error.mean((0, 1, 2))).max() < 1.5  # no cast: a wrong range or matrix gives over 5
 
     def test_quality_orders_size_and_error(self, pictures):
-        frames = sample_frames(pictures, 4, size=(224, 224)).images.astype(int)
+        frames = video.sample_frames(pictures, 4, size=(224, 224)).images.astype(int)
         bytes_, errors = [], []
         for quality in (20, 50, 75, 90, 100):
             coded = video.sample_jpegs(pictures, 4, size=(224, 224), quality=quality).jpegs
@@ -575,7 +602,7 @@ class TestRealClips:
         plain, tick = decode_plainly(path, (16, 16), min(300, 45_000_000 // (sides[0] * sides[1])))
         assert (shown[-1] - shown[0]) * tick == pytest.approx(span, abs=1e-6)
         times = [(pts - shown[0]) * tick for pts in shown]
-        got = sample_frames(path, 9, size=(16, 16))
+        got = video.sample_frames(path, 9, size=(16, 16))
         expected = choose_slowly(times, Fraction(info.duration).limit_denominator(10**6), 9)
         if not media["undecodable_packets"]:
             np.testing.assert_allclose(got.times, [float(times[i]) for i in expected], atol=1e-5)
@@ -592,16 +619,20 @@ class TestRealClips:
         assert got.damaged == media["undecodable_packets"]
 
     def test_numbers_painted_on_hevc_frames(self, realdata):
-        got = sample_frames(realdata / "clips/edge/frame_numbers_h265.mp4", 10, size=(128, 128))
+        got = video.sample_frames(realdata / "clips/edge/frame_numbers_h265.mp4", 10, size=(128, 128))
         assert len({image.tobytes() for image in got.images}) == 10
         for count, numbers in ((5, [1, 3, 5, 7, 9]), (2, [2, 7]), (1, [5])):
-            few = sample_frames(realdata / "clips/edge/frame_numbers_h265.mp4", count, size=(128, 128))
+            few = video.sample_frames(realdata / "clips/edge/frame_numbers_h265.mp4", count, size=(128, 128))
             np.testing.assert_array_equal(few.images, got.images[numbers])
             np.testing.assert_allclose(few.times, np.array(numbers) / 10, atol=1e-6)
 
     def test_a_frame_for_each_second_shown_in_av1(self, realdata):
-        got = sample_frames(realdata / "clips/edge/seconds_av1.mkv", 5, size=(90, 160))
+        got = video.sample_frames(realdata / "clips/edge/seconds_av1.mkv", 5, size=(90, 160))
         np.testing.assert_allclose(got.times, [0.48, 1.48, 2.48, 3.48, 4.48], atol=0.021)
+        again = video.sample_frames(
+            realdata / "clips/edge/seconds_av1.mkv", 5, size=(90, 160), rng=np.random.default_rng(1)
+        )
+        assert again.times.astype(int).tolist() == [0, 1, 2, 3, 4]
 
     def test_a_packet_that_does_not_decode(self, realdata):
         path = realdata / "clips/edge/corrupted.mp4"
@@ -617,8 +648,8 @@ class TestRealClips:
 
     def test_a_turned_clip_shows_the_scene_upright(self, realdata):
         """The same keyboard, filmed upright and sideways: part of one is found in the other only upright."""
-        straight = sample_frames(realdata / "clips/edge/rotated_0.mov", 1, size=(80, 142)).images[0].mean(-1)
-        turned = sample_frames(realdata / "clips/edge/rotated_90.mov", 1, size=(142, 80)).images[0].mean(-1)
+        straight = video.sample_frames(realdata / "clips/edge/rotated_0.mov", 1, size=(80, 142)).images[0].mean(-1)
+        turned = video.sample_frames(realdata / "clips/edge/rotated_90.mov", 1, size=(142, 80)).images[0].mean(-1)
         part = straight[:, 80:120]
 
         def best_match(picture):
@@ -642,7 +673,7 @@ class TestViews:
         views = video.sample_views(pictures, 5, sizes=sizes, thumbnail_height=40, quality=90)
         assert len(opened) == 2  # for its times, and to decode
         for size in sizes:
-            frames = sample_frames(pictures, 5, size=size)
+            frames = video.sample_frames(pictures, 5, size=size)
             np.testing.assert_array_equal(views.images[size], frames.images)
             np.testing.assert_array_equal(views.times, frames.times)
             assert views.info == frames.info

@@ -1,14 +1,11 @@
 """Small videos whose frames carry their own number, written with PyAV, and a slow, plain reader of them."""
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from fractions import Fraction
 
 import av
 import numpy as np
-
-from ivcr_jax.data import video
 
 HEIGHT, WIDTH, BITS = 48, 80, 8
 
@@ -28,12 +25,6 @@ def number_of(image: np.ndarray) -> int:
     row = image[height // 8 : height // 3].mean((0, 2))
     middles = [int((bit + 0.5) * width / BITS) for bit in range(BITS)]
     return sum(int(row[middle] > 130) << bit for bit, middle in enumerate(middles))
-
-
-def sample_frames(path: pathlib.Path | str, count: int, *, size: tuple[int, int]) -> video.Views:
-    """`video.sample_views` at one size, whose array stands as `images`."""
-    views = video.sample_views(path, count, sizes=[size], thumbnail_height=16, quality=50)
-    return dataclasses.replace(views, images=views.images[size])
 
 
 def write_video(

@@ -20,7 +20,6 @@ from ivcr_jax.data import video
 from ivcr_jax.infer import corpus as stored
 from ivcr_jax.infer.corpus import Corpus, CorpusError
 from ivcr_jax.sharding import MeshConfig, make_mesh
-from tests.data.video_fixtures import sample_frames
 from tests.infer.conftest import FRAMES, IDS, write_export
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,7 +43,9 @@ def check_against_the_models(export, videos, folder):
     corpus = Corpus.open(folder, bundle.fingerprint(export))
     for row, entry in enumerate(corpus.videos):
         record = corpus.read(entry.id)
-        of_retriever, of_model = (sample_frames(videos / entry.path, FRAMES, size=(side, side)) for side in (16, 24))
+        of_retriever, of_model = (
+            video.sample_frames(videos / entry.path, FRAMES, size=(side, side)) for side in (16, 24)
+        )
         np.testing.assert_array_equal(record.times, of_model.times)
         count = len(record.times)
         assert count == entry.frames
@@ -99,7 +100,7 @@ def test_thumbnails_are_jpeg_files_of_the_frames(videos, indexed):
         (frame,) = av.CodecContext.create("mjpeg", "r").decode(av.Packet(jpeg))
         assert (frame.height, frame.width) == (80, 48)  # upright, and no larger than the video
     of_talk = corpus.thumbnails("talks/2024/a")
-    frames = sample_frames(videos / "talks/2024/a.mp4", FRAMES, size=(48, 80)).images
+    frames = video.sample_frames(videos / "talks/2024/a.mp4", FRAMES, size=(48, 80)).images
     assert np.abs(video.decode_jpegs(of_talk, (48, 80)).astype(int) - frames).mean() < 8
 
 

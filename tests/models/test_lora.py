@@ -64,17 +64,21 @@ def test_what_it_adds_is_the_scaled_product():
 
 
 @pytest.mark.parametrize("targets", [r"layers\.(q|k|v|o)", r"layers\..*", r"layers\.gate", "head"])
-def test_merged_computes_the_same(targets):
+def test_merged_computes_the_same_and_unmerging_restores(targets):
     model = adapted(LoraConfig(rank=2, alpha=1.0, targets=targets))
     expected = states(model)
     logits = np.asarray(model.logits(jnp.asarray(expected)))
-    paths = {*lora.adapted(model)}
-    assert paths
+    kernels = {path: np.asarray(linear.kernel[...]) for path, linear in lora.adapted(model).items()}
+    assert kernels
     taken = lora.merge(model)
-    assert not lora.adapted(model) and set(taken) == paths
+    assert not lora.adapted(model) and set(taken) == set(kernels)
     assert not jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
     close(states(model), expected, 1e-5)
     close(model.logits(jnp.asarray(expected)), logits, 1e-5)
+    lora.unmerge(model, taken)
+    close(states(model), expected, 1e-5)
+    for path, linear in lora.adapted(model).items():
+        close(linear.kernel[...], kernels[path], 1e-6)
 
 
 def test_towers_are_adapted_by_the_same_names():

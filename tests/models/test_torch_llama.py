@@ -168,6 +168,8 @@ def test_lora(file):
     taken = lora.merge(ours)
     assert len(taken) == 5 and not lora.adapted(ours)
     assert_close(read(ours.llama, tokens, places, segments)[there], theirs)
+    lora.unmerge(ours, taken)
+    assert_close(read(ours.llama, tokens, places, segments)[there], theirs)
 
 
 # The whole chain ------------------------------------------------------------------------------------------------------
