@@ -8,23 +8,27 @@ CODE = ivcr_jax configs tfds_builder launch tests setup.py
 export TF_CPP_MIN_LOG_LEVEL = 3
 
 # What went wrong is said in one sentence, above which pip says more.
-NO_INSTALL = { echo "make: installing failed; it needs a network for the first time, and 3 GB of disk" >&2; exit 1; }
+NO_INSTALL = { echo "make: installing failed; it needs a network and 3 GB of disk (the tests 6): see to them, and give the same command again" >&2; exit 1; }
+STOPPABLE = trap 'echo "make: stopped; the same command goes on from here" >&2; exit 130' INT;
+NO_PYTHON = { echo "make: expected Python 3.11 to 3.13; name one that is there: make PYTHON=python3.11" >&2; exit 1; }
 
 .PHONY: install demo test test-full lint format sample benchmark learning clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: $(VENV)/light
-	$(BIN)/pip install --quiet --editable '.[build,convert,dev,eval]' || $(NO_INSTALL)
-	touch $@
+	@echo "installing into $(VENV) what building, converting and the tests need"
+	@$(STOPPABLE) $(BIN)/pip install --quiet --editable '.[build,convert,dev,eval]' || $(NO_INSTALL)
+	@touch $@
 
 # What converting, TFDS's own builds and tests need is 3 GB more.
 $(VENV)/light: setup.py
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 13) and f"Python {v[0]}.{v[1]} found; expected 3.11 to 3.13: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip || $(NO_INSTALL)
-	$(BIN)/pip install --quiet --editable '.[eval]' || $(NO_INSTALL)
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and "make: found Python %d.%d" % v)' || $(NO_PYTHON)
+	@echo "installing into $(VENV)"
+	@$(STOPPABLE) $(PYTHON) -m venv $(VENV) || $(NO_INSTALL)
+	@$(STOPPABLE) $(BIN)/pip install --quiet --upgrade pip || $(NO_INSTALL)
+	@$(STOPPABLE) $(BIN)/pip install --quiet --editable '.[eval]' || $(NO_INSTALL)
+	@touch $@
 
 demo: $(VENV)/light
 	@$(BIN)/python -m launch.demo --out=build/demo$(if $(VIDEOS),-own --videos="$(VIDEOS)")$(if $(ANNOTATIONS), --annotations="$(ANNOTATIONS)")

@@ -1,8 +1,13 @@
 """Packaging of ivcr_jax: pinned run-time dependencies and the extras a team may add."""
 
 import pathlib
+import sys
 
 from setuptools import find_packages, setup
+
+# pip compares this with python_requires too, but only after it has looked for what an old Python cannot have.
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit(f"found Python {sys.version.split()[0]}, expected 3.11 to 3.13: install with one of these")
 
 ROOT = pathlib.Path(__file__).parent
 

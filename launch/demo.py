@@ -8,6 +8,7 @@ and the videos are asked for with their own captions and moments. A run that is 
 is one of the project's commands, which OUT/log keeps with what it said.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,18 +20,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+try:
+    from absl import app, flags, logging
 
-from ivcr_jax.data import captions, compose
-from ivcr_jax.data.dialogue import LANGUAGES, VIDEO_SUFFIXES, Dialogue, Intent
-from ivcr_jax.data.manifest import atomic
-from ivcr_jax.data.store import DialogueStore
-from launch.local_pod import die_with_parent
+    from ivcr_jax.data import captions, compose, video
+    from ivcr_jax.data.dialogue import LANGUAGES, VIDEO_SUFFIXES, Dialogue, Intent
+    from ivcr_jax.data.manifest import atomic
+    from ivcr_jax.data.store import DialogueStore
+    from launch.local_pod import die_with_parent
+except ModuleNotFoundError as lacking:  # whoever has no make may not have installed anything either
+    sys.exit(
+        f"demo: {sys.executable} (Python {sys.version.split()[0]}) has no {lacking.name}; install with Python 3.11 to "
+        "3.13, python -m venv .venv && .venv/bin/pip install -e '.[eval]', and run .venv/bin/python -m launch.demo"
+    )
+except KeyboardInterrupt:
+    sys.exit(130)
 
 CONFIG = "configs/tiny.py"
 DEVICES = 8  # virtual, on the processor
 NEEDED = 2 * 2**30  # bytes of disk
 SAID = 4  # messages of a conversation
+FULL = 2**20  # bytes: where less is free when a stage fails, that is why
 EVERY = 20.0  # seconds between two lines of progress, where they do not replace each other
 # Messages to videos that nobody has described. One is opened, as a model that knows shapes alone is seldom sure of any.
 WORDS = {
@@ -243,7 +253,7 @@ def _tells(dialogue: Dialogue, language: str) -> bool:
 def run(found: Sequence[Stage], out: pathlib.Path) -> dict[str, float]:
     """Carries out the stages that are not done; seconds of each by name, those of earlier runs included.
 
-    Raises DemoError for one that fails, with its last words.
+    Raises DemoError for one that fails, with its last words, or that the disk is full.
     """
     (out / "log").mkdir(parents=True, exist_ok=True)
     times = json.loads((out / "times.json").read_text()) if (out / "times.json").exists() else {}
@@ -260,9 +270,17 @@ def run(found: Sequence[Stage], out: pathlib.Path) -> dict[str, float]:
             else:
                 _watched(stage, log)
             done.touch()
+        except (DemoError, OSError) as error:
+            if "No space left" in str(error) or shutil.disk_usage(out).free < FULL:
+                raise DemoError(
+                    f"{stage.what} failed, as the disk is full; free {NEEDED / 2**30:.0f} GiB where {out} lies, "
+                    "and the same command goes on from here"
+                ) from error
+            raise
         finally:
             times[stage.name] = times.get(stage.name, 0) + time.monotonic() - started
-            with atomic(out / "times.json") as temporary:
+            # On a full disk this fails too, and would hide why.
+            with contextlib.suppress(OSError), atomic(out / "times.json") as temporary:
                 temporary.write_text(json.dumps(times))
     return times
 
@@ -393,7 +411,30 @@ def check(out: pathlib.Path, videos: pathlib.Path | None, annotations: pathlib.P
     before = out / "made_from.json"
     if before.exists() and before.read_text() != made_from:
         raise DemoError(f"{out}: found what was made from other videos; give another --out, or remove it")
-    before.write_text(made_from)
+    if videos and not before.exists():
+        _probe(videos)
+    with atomic(before) as temporary:
+        temporary.write_text(made_from)
+
+
+def _probe(videos: pathlib.Path) -> None:
+    """Says which videos of a folder cannot be read. Raises DemoError where none can."""
+    paths = sorted(path for path in videos.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    wrong: dict[str, str] = {}
+    for path in paths:
+        try:
+            video.probe(path, scan=False)
+        except video.VideoError as error:
+            wrong[str(path.relative_to(videos))] = error.args[1]
+    if not wrong:
+        return
+    first = ", ".join([*wrong][:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    if len(wrong) == len(paths):
+        reason = next(iter(wrong.values())).rstrip(".")
+        raise DemoError(
+            f"{videos}: found no video that can be read among {len(paths)} ({first}: {reason}); give a folder of others"
+        )
+    print(f"{videos}: {len(wrong)} of {len(paths)} videos cannot be read and are left out: {first}", flush=True)
 
 
 def _define_flags() -> None:

@@ -13,6 +13,7 @@ import pytest
 from ivcr_jax.data import captions
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from launch import demo
+from tests.data.video_fixtures import write_video
 
 TINY = demo.Size(60, 300, 3, {"pretrain": 3, "retriever": 2, "both": 2})
 
@@ -65,7 +66,7 @@ def test_what_cannot_be_begun_is_one_sentence(tmp_path, monkeypatch):
     ):
         with pytest.raises(demo.DemoError, match=said):
             demo.check(out, videos, annotations, "manifest")
-    (folder / "a.MP4").touch()
+    write_video(folder / "a.MP4", count=4)
     with pytest.raises(demo.DemoError, match="nowhere.json: found no file"):
         demo.check(out, folder, tmp_path / "nowhere.json", "manifest")
     demo.check(out, folder, None, "manifest")
