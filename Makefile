@@ -34,7 +34,7 @@ demo: $(VENV)/light
 	@$(BIN)/python -m launch.demo --out=build/demo$(if $(VIDEOS),-own --videos="$(VIDEOS)")$(if $(ANNOTATIONS), --annotations="$(ANNOTATIONS)")
 
 test: install lint
-	$(BIN)/python -m pytest -n 2 --durations=10 -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m "not full"
 
 test-full: install
 	$(BIN)/python -m pytest --durations=10 -m full

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import tensorboardX
 from etils import epath
 
 from ivcr_jax.data.manifest import atomic
@@ -54,6 +53,8 @@ class Telemetry:
             _cut(path, step)
             self._file = path.open("a")
             if config.tensorboard:
+                import tensorboardX  # which loads PyTorch where there is one: seconds, of every command's start
+
                 self._board = tensorboardX.SummaryWriter(str(self._workdir / "tensorboard"), purge_step=step + 1)
         self._late: tuple[int, Mapping[str, jax.Array]] | None = None
         self._profiling = False

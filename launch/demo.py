@@ -288,10 +288,13 @@ def run(found: Sequence[Stage], out: pathlib.Path) -> dict[str, float]:
 def _watched(stage: Stage, log: pathlib.Path) -> None:
     """Runs a command; shows the last line of its log now and then."""
     environment = {
-        # Of the processor's devices; and as docs/training.md advises.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={stage.devices}",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # as docs/training.md advises
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        # One's own flags too; of a name the last holds.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={stage.devices}",
+    }
     assert not callable(stage.work)
     with log.open("ab") as file:
         file.write(f"+ python -m {' '.join(stage.work)}\n".encode())

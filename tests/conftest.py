@@ -18,6 +18,12 @@ import pytest
 REALDATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "realdata"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that of several workers none begins a long one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def realdata() -> pathlib.Path:
     """The folder of real clips, annotations and tokenizers, which is not part of the repository."""

@@ -15,7 +15,7 @@ from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from launch import demo
 from tests.data.video_fixtures import write_video
 
-TINY = demo.Size(60, 300, 3, {"pretrain": 3, "retriever": 2, "both": 2})
+TINY = demo.Size(40, 150, 2, {"pretrain": 2, "retriever": 1, "both": 1})
 
 
 def clip(name, **fields):

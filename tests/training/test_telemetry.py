@@ -162,3 +162,10 @@ def test_memory_is_this_processs_own():
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert 50e6 < float(said) < size
     assert telemetry.memory() > size
+
+
+def test_pytorch_is_not_loaded_with_it():
+    """TensorBoard's writer loads it, which takes longer than all else that a command loads."""
+    code = "import sys, ivcr_jax.telemetry; print({'tensorboardX', 'torch'} & {*sys.modules})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "set()"

@@ -100,7 +100,8 @@ def test_of_six_runs_one_is_killed_and_one_is_bad(sweep, tmp_path):
 def test_interrupted_at_any_time_the_same_command_goes_on(sweep, tmp_path):
     """At its start, when a run was just started, when one has steps and checkpoints, and by all signals there are."""
     runs, names = [[None, {}], [None, {"optim.peak_lr": 0.02}]], ["base", "optim.peak_lr=0.02"]
-    steps, flags = 60, ("--max_parallel=2", "--config.steps=60")
+    # So many that the runs outlast the start of the sweep that waits for them.
+    steps, flags = 30, ("--max_parallel=2", "--config.steps=30")
 
     def begun():
         return sum("parameters trained" in path.read_text() for path in sweep.out.glob("*/stdout.txt"))
