@@ -15,7 +15,7 @@ from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from launch import demo
 from tests.data.video_fixtures import write_video
 
-TINY = demo.Size(40, 150, 2, {"pretrain": 2, "retriever": 1, "both": 1})
+TINY = demo.Size(40, 150, 2, {"pretrain": 2, "text": 1, "retriever": 1, "both": 1})
 
 
 def clip(name, **fields):
