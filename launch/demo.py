@@ -5,7 +5,7 @@
 Makes the synthetic source and trains both tiny models on it. Videos of one's own are indexed and conversed with; with
 annotations (`ivcr_jax.data.captions` has the formats) dialogues are composed from these, both sources are trained on,
 and the videos are asked for with their own captions and moments. A run that is stopped goes on where it was. Each stage
-is one of the project's commands, which OUT/log keeps with what it said.
+is one of the project's commands, which OUT/log keeps with what it said; OUT/table.txt is what came of all.
 """
 
 import contextlib
@@ -460,7 +460,10 @@ def main(argv: list[str]) -> None:
         check(out, videos, annotations, args.format)
         found = stages(out, videos, annotations, args.format, OWN if annotations else Size())
         times = run(found, out)
-        print(f"\n{table(out, times, found)}\n")
+        shown = table(out, times, found)
+        with atomic(out / "table.txt") as temporary:
+            temporary.write_text(f"{shown}\n", encoding="utf-8")
+        print(f"\n{shown}\n")
     except (DemoError, OSError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
