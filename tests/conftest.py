@@ -4,14 +4,22 @@ import atexit
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 # Before anything imports jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# The models here are tiny, so compiling them is most of the time. Said here, so that a process that a test starts
+# computes the same bits as this one.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+if sys.version_info < (3, 12):  # the jaxlib of newer Pythons has no such flags, and ends the process at one it lacks
+    # One part of a program at a time: the processes of the tests keep the cores busy by themselves.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # shared by the processes of this run, and gone with it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ivcr_jax_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # what one process compiled, no other compiles again
 
 import pytest
 

@@ -79,7 +79,7 @@ def write_features(
     fingerprint: str,
 ) -> None:
     """A feature store of one shard; the arguments are those of `store.write_feature_shard` and of its description."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rows = list(videos)
     columns = {"id": 0, "duration": 1, "num_frames": 2}
     index = {key: [len(row[2]) if place == 2 else row[place] for row in rows] for key, place in columns.items()}

@@ -1,14 +1,5 @@
 """An export of the smallest models whose every parameter matters, a folder of real videos, and a corpus of them."""
 
-import os
-import sys
-
-# Before jax starts its backend. The models here are tiny, so compiling them is most of the time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-if sys.version_info < (3, 12):  # the jaxlib of newer Pythons has no such flag, and ends the process at one it lacks
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the same programs for every corpus
-
 import dataclasses
 import pathlib
 

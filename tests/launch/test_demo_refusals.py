@@ -21,16 +21,18 @@ IN_SMALL = f"from launch import demo; small = demo.{TINY}; demo.NEEDED = 0; demo
 SCRIPT = f"{IN_SMALL}; demo._define_flags(); demo.app.run(demo.main)"
 
 
-def begin(command, folder=ROOT, **options):
+def begin(command, folder=ROOT, **more):
+    """Begins a command as a user does, not as a part of the `make test` that may run this; `more` is environment."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")} | more
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        **options,
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     )  # fmt: skip
 
 
-def refused(command, status=1, folder=ROOT, **options):
+def refused(command, status=1, folder=ROOT, **environment):
     """The last line that a command says, make's own not counted; it ends with this status and no traceback."""
-    process = begin(command, folder, **options)
+    process = begin(command, folder, **environment)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == status and "Traceback" not in said, said
     return [line for line in said.splitlines() if not line.startswith("make: *** ")][-1]
@@ -66,7 +68,7 @@ def test_without_a_network(clone):
     """pip may ask a port where nobody answers, and nothing else."""
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
     nowhere |= dict.fromkeys(("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"), "")
-    said = refused(["make", "demo", f"PYTHON={sys.executable}"], 2, clone, env=os.environ | nowhere)
+    said = refused(["make", "demo", f"PYTHON={sys.executable}"], 2, clone, **nowhere)
     assert said == (
         "make: installing failed; it needs a network and 3 GB of disk (the tests 6): see to them, and give the same "
         "command again"

@@ -1,14 +1,7 @@
 """Tiny models whose every parameter matters, a batch of real dialogues, and the decoder in plain NumPy."""
 
 import dataclasses
-import os
-import sys
 import zlib
-
-# Before jax starts its backend. The models here are tiny, so compiling them is most of the time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-if sys.version_info < (3, 12):  # the jaxlib of newer Pythons has no such flag, and ends the process at one it lacks
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import jax.numpy as jnp

@@ -12,13 +12,6 @@ import sys
 import time
 import zlib
 
-# Before jax starts its backend. The models here are tiny, so compiling them is most of the time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-if sys.version_info < (3, 12):  # the jaxlib of newer Pythons has no such flag, and ends the process at one it lacks
-    # One part of a program at a time: the processes of the tests keep the cores busy by themselves.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # a run that starts again compiles nothing
-
 import numpy as np
 import pytest
 from flax import nnx
