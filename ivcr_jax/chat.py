@@ -77,12 +77,13 @@ def begin(
     candidates: int = 10,
     sampling: Sampling = GREEDY,
     as_json: bool = False,
+    note: str = "",
 ) -> tuple[Console, int]:
     """Opens a corpus and loads an export.
 
     Args:
       export, corpus: folders. source, duration: as `Corpus.allowed`. candidates, sampling: as `Session`.
-      as_json: as `Console`.
+      as_json, note: as `Console`.
 
     Returns:
       the console, and how many videos may be found.
@@ -102,7 +103,7 @@ def begin(
         raise ValueError(f"found no video of {duration[0]:g} to {duration[1]:g} s, expected at least one")
     assistant = Assistant(export, compute=Compute(dtype=native_dtype()))
     session = Session(assistant, opened, candidates=candidates, sampling=sampling, allowed=allowed)
-    return Console(assistant, opened, session, as_json=as_json), int(allowed.sum())
+    return Console(assistant, opened, session, as_json=as_json, note=note), int(allowed.sum())
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def main(argv: list[str]) -> None:
         sampling = Sampling(args.temperature, args.top_p, args.seed)
         console, allowed = begin(
             args.export, args.corpus, source=args.source, duration=duration, candidates=args.candidates,
-            sampling=sampling, as_json=args.json,
+            sampling=sampling, as_json=args.json, note=args.note,
         )  # fmt: skip
         try:
             if args.script:
@@ -171,6 +172,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("script", None, "A file of lines to run instead of what is typed.")
     flags.DEFINE_bool("json", False, "Prints one JSON object a turn, and nothing else.")
     flags.DEFINE_string("report", None, "The file to write the conversation to at its end, as HTML.")
+    flags.DEFINE_string("note", "", "What else the readers of that file should know.")
     flags.DEFINE_integer("candidates", 10, "Videos that the first stage hands on.", lower_bound=1)
     flags.DEFINE_string("source", None, "Finds videos of this source alone.")
     flags.DEFINE_float("min_seconds", 0.0, "Finds videos of at least this length alone.")

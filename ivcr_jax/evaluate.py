@@ -44,6 +44,7 @@ def evaluate(
     most: int = 0,
     judged_by: judge.Judge | None = None,
     rounds: int = 5,
+    note: str = "",
 ) -> None:
     """Holds the dialogues by each protocol, and reports. Every process of a job calls it.
 
@@ -56,6 +57,7 @@ def evaluate(
       batch: dialogues at once. most: dialogues that are held, the first of the split; 0 is all.
       judged_by: a language model that scores the answers, where one is to.
       rounds: messages of a simulated user, at most.
+      note: what else the readers of the report should know.
 
     Raises:
       FileNotFoundError, DatasetNotFound: there is no such export, or no such dialogues.
@@ -110,6 +112,7 @@ def evaluate(
         "corpus": f"{len(known)} videos",
         "candidates of the first stage": str(candidates),
         "dtype": dtype,
+        **({"note": note} if note else {}),
     }
     score.score(folder, runs, known, about, judged_by, users)
     print((folder / "report.md").read_text())
@@ -194,7 +197,7 @@ def main(argv: list[str]) -> None:
         evaluate(
             model, corpus, args.dialogues, args.out, split=args.split, names=args.protocols,
             candidates=args.candidates, batch=args.batch, shuffles=args.shuffles, most=args.dialogues_at_most,
-            rounds=args.rounds, judged_by=judged_by,
+            rounds=args.rounds, judged_by=judged_by, note=args.note,
         )  # fmt: skip
     except (ValueError, OSError, CorpusError, DatasetNotFound) as error:
         sys.exit(f"evaluate: {error}")
@@ -224,5 +227,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("judge_url", "", "An endpoint in OpenAI's form, of a language model that scores the answers.")
     flags.DEFINE_string("judge_model", "", "Its exact name there.")
     flags.DEFINE_string("judge_key_variable", "", "The environment variable that holds the endpoint's key, if any.")
+    flags.DEFINE_string("note", "", "What else the readers of the report should know.")
     flags.DEFINE_string("cache", None, "A folder to keep compiled programs in, so that the next start is fast.")
     app.run(main)

@@ -16,6 +16,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,9 +25,10 @@ try:
     from absl import app, flags, logging
 
     from ivcr_jax.data import captions, compose, video
-    from ivcr_jax.data.dialogue import LANGUAGES, VIDEO_SUFFIXES, Dialogue, Intent
+    from ivcr_jax.data.dialogue import LANGUAGES, VIDEO_SUFFIXES, Dialogue, Intent, Turn
     from ivcr_jax.data.manifest import atomic
     from ivcr_jax.data.store import DialogueStore
+    from ivcr_jax.infer.understanding import understand
     from launch.local_pod import die_with_parent
 except ModuleNotFoundError as lacking:  # whoever has no make may not have installed anything either
     sys.exit(
@@ -42,21 +44,28 @@ NEEDED = 2 * 2**30  # bytes of disk
 SAID = 4  # messages of a conversation
 FULL = 2**20  # bytes: where less is free when a stage fails, that is why
 EVERY = 20.0  # seconds between two lines of progress, where they do not replace each other
+LIKE = {"en": "Do you have a similar one?", "zh": "有没有类似的？"}
+WHEN = {"en": "When does this happen? ", "zh": "这是什么时候发生的？"}
 # Messages to videos that nobody has described. One is opened, as a model that knows shapes alone is seldom sure of any.
 WORDS = {
     "en": (
         "Find a video that shows something red.",
         "/open 1",
         "When is something red in view?",
-        "Do you have a similar one?",
+        LIKE["en"],
     ),
     "zh": (
         "帮我找一个有红色东西的视频。",
         "/open 1",
         "红色的东西是什么时候出现的？",
-        "有没有类似的？",
+        LIKE["zh"],
     ),
 }
+# What figures of videos that were trained on, with the words they are asked for by, are worth.
+LEARNT = (
+    "These videos are asked for with the captions and moments they were trained on, from other frames. This shows that "
+    "the models can learn real footage, not that they know any other."
+)
 # What the table at the end shows: of which protocol, which metric, its factor.
 TABLE = {
     "Retriever R@10, %": ("e2e", "retrieval_r10", 100),
@@ -72,18 +81,20 @@ class Size:
     """How much of everything.
 
     Attributes:
-      videos, interactions: of the synthetic source; as many questions are about captioned videos of one's own.
+      videos, interactions: of the synthetic source.
+      own: interactions about captioned videos of one's own.
       held: test dialogues that are evaluated.
       steps: by stage, where they are not the configuration's.
     """
 
     videos: int = 3000
     interactions: int = 20_000
+    own: int = 30_000
     held: int = 120
     steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-OWN = Size(steps={"retriever": 800})  # few videos, seen often: their moments take longer
+OWN = Size(steps={"retriever": 750})  # few videos, seen often: their moments take longer
 
 
 class DemoError(Exception):
@@ -107,6 +118,7 @@ def stages(
     """Everything there is to do, in order."""
     both = out / ("both" if annotations else "source")
     data, init, features, model = out / "data", out / "init", out / "features", out / "export"
+    note = [f"--note={LEARNT}"] if annotations else []
     dialogues, stored = f"--dialogues={data}/ivcr200k", f"--videos={data}/ivcr200k_videos"
 
     def train(stage: str, run: str, begin: pathlib.Path) -> list[str]:
@@ -130,7 +142,7 @@ def stages(
 
     def talk(language: str, corpus: pathlib.Path) -> list[str]:
         return ["ivcr_jax.chat", f"--export={model}", f"--corpus={corpus}", f"--script={out}/script-{language}.txt",
-                f"--report={out}/conversation-{language}.html", f"--cache={out / 'cache'}"]  # fmt: skip
+                f"--report={out}/conversation-{language}.html", f"--cache={out / 'cache'}", *note]  # fmt: skip
 
     synth = ["ivcr_jax.data.synth", f"--out={out / 'source'}", f"--videos={size.videos}",
              f"--interactions={size.interactions}"]  # fmt: skip
@@ -173,7 +185,7 @@ def stages(
         asked = f"--dialogues={out}/asked/ivcr200k"
         found += [
             Stage("asked", "asking for your videos by their captions", build("ivcr200k", out / "asked", out / "asked")),
-            Stage("own", "what was found", evaluate(model, f"corpus={corpus}", "own", "gold", asked)),
+            Stage("own", "what was found", [*evaluate(model, f"corpus={corpus}", "own", "gold", asked), *note]),
         ]
     found.append(
         Stage("scripts", "writing what will be said", lambda: write_scripts(out, bool(videos), bool(annotations)))
@@ -195,7 +207,7 @@ def join(out: pathlib.Path, videos: pathlib.Path, annotations: pathlib.Path, for
         raise DemoError(
             f"{annotations}: found no caption of a video in {videos}, expected some; check --format and paths"
         )
-    own = compose.compose(clips, seed=0, num_interactions=size.interactions, name="own")
+    own = compose.compose(clips, seed=0, num_interactions=size.own, name="own")
     whole = json.loads((out / "source" / "IVCR-200K.json").read_text(encoding="utf-8"))
     for folder, rows in (("both", (*whole, *own)), ("asked", questions(clips))):
         (out / folder).mkdir(exist_ok=True)
@@ -229,17 +241,17 @@ def questions(clips: Sequence[captions.Clip]) -> Iterator[dict[str, Any]]:
 
 
 def write_scripts(out: pathlib.Path, videos: bool, annotations: bool) -> None:
-    """What is said in the conversations: a test dialogue's words, those of a captioned video, or WORDS."""
+    """What is said in the conversations: a test dialogue's words, those of a captioned video and LIKE, or WORDS."""
     folder = out / ("asked" if videos else "data") / "ivcr200k"
     for language in LANGUAGES:
         lines: tuple[str, ...] = WORDS[language]
         if annotations or not videos:
             store = DialogueStore(folder, "test")
             told = (store[number] for number in range(len(store)))
-            fitting = [each.turns[:SAID] for each in told if _tells(each, language)]
-            lines = (
-                tuple(turn.user for turn in max(fitting, key=len)) if fitting else lines
-            )  # the first that is so long
+            if fitting := [each.turns[:SAID] for each in told if _tells(each, language)]:
+                lines = tuple(_asked(turn) for turn in max(fitting, key=len))  # the first that is so long
+            if videos:
+                lines = (*lines[: SAID - 1], LIKE[language])
         with atomic(out / f"script-{language}.txt") as temporary:
             temporary.write_text("".join(f"{' '.join(line.split())}\n" for line in lines), encoding="utf-8")
 
@@ -248,6 +260,12 @@ def _tells(dialogue: Dialogue, language: str) -> bool:
     """Whether a dialogue begins with a search and a moment, in a language."""
     intents = [turn.intent for turn in dialogue.turns]
     return intents[:2] == [Intent.VIDEO, Intent.MOMENT] and dialogue.turns[0].language == language
+
+
+def _asked(turn: Turn) -> str:
+    """A turn's words; a moment's that do not ask when may be taken for a search, and this conversation has a course."""
+    plain = turn.intent == Intent.MOMENT and understand(turn.user, True).intent != Intent.MOMENT
+    return f"{WHEN[turn.language]}{turn.user}" if plain else turn.user
 
 
 def run(found: Sequence[Stage], out: pathlib.Path) -> dict[str, float]:
@@ -348,13 +366,13 @@ def table(out: pathlib.Path, times: Mapping[str, float], found: Sequence[Stage])
         lines.append(_line(label, _row(before[protocol], metric, factor), _row(after[protocol], metric, factor)))
     if (out / "own").exists():
         own = _protocols(out / "own")["gold"]
-        lines += ["", "Your videos, asked for with the captions and moments they were trained on, from other frames:"]
+        lines += ["", "Your videos:"]
         for label, metric in (
             ("R@1 of all of them, %", "retrieval_r1"),
             ("Moment R@1, IoU 0.5, %", "moment_r1_iou_0.5"),
         ):
             lines.append(_line(label, Row(), _row(own, metric, 100)))
-        lines.append("This shows that the models can learn real footage, not that they know any other.")
+        lines += textwrap.wrap(LEARNT, 96)
     lines += ["", *(f"{stage.what:45}{times.get(stage.name, 0):>6.0f} s" for stage in found)]
     lines.append(f"{'in all, without installing':45}{sum(times.get(stage.name, 0) for stage in found):>6.0f} s")
     return "\n".join(lines)
@@ -472,6 +490,8 @@ def main(argv: list[str]) -> None:
     for language in LANGUAGES:
         print(f"the conversation ({language}), to open in a browser: {out}/conversation-{language}.html")
     print(f"the evaluation: {out}/evaluation/report.md")
+    if annotations:
+        print(f"of your videos: {out}/own/report.md")
     corpus = out / "corpus" if videos else out / "evaluation" / "corpus"
     print(f"to converse yourself: {sys.executable} -m ivcr_jax.chat --export={out}/export --corpus={corpus}")
 

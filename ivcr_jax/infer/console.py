@@ -26,16 +26,19 @@ WAIT = "…"  # until the first word comes
 class Console:
     """Runs the lines of a conversation and shows what comes of them. Attributes: session: as it is now."""
 
-    def __init__(self, assistant: Assistant, corpus: Corpus, session: Session, *, as_json: bool = False) -> None:
+    def __init__(
+        self, assistant: Assistant, corpus: Corpus, session: Session, *, as_json: bool = False, note: str = ""
+    ) -> None:
         """Begins.
 
         Args:
           assistant, corpus: that `session` was made with, to load others with.
           session: to begin with.
           as_json: whether turns are printed as JSON, and nothing else.
+          note: as `report.write`, of its pages.
         """
         self.session = session
-        self._assistant, self._corpus, self._json = assistant, corpus, as_json
+        self._assistant, self._corpus, self._json, self._note = assistant, corpus, as_json, note
 
     def greet(self, allowed: int) -> None:
         """Says how to begin. `allowed` is how many of the corpus's videos may be found."""
@@ -205,7 +208,7 @@ class Console:
 
     def _report(self, file: str) -> None:
         refuse_others(file, report.is_report, "a report")
-        report.write(_path(file), self._corpus, self.session.turns)
+        report.write(_path(file), self._corpus, self.session.turns, self._note)
         self.tell(f"{file}: {len(self.session.turns)} turns", DIM)
 
 

@@ -68,13 +68,14 @@ figcaption { text-align: center; font-size: .7rem; white-space: nowrap; overflow
 """
 
 
-def write(path: epath.PathLike, corpus: Corpus, turns: Sequence[Turn]) -> None:
+def write(path: epath.PathLike, corpus: Corpus, turns: Sequence[Turn], note: str = "") -> None:
     """Writes the page of a conversation, whole or not at all.
 
     Args:
       path: of the file; one that is there is replaced.
       corpus: that the conversation was with.
       turns: of the conversation.
+      note: what else its readers should know.
 
     Raises:
       ValueError: a turn names a video that the corpus has not.
@@ -97,6 +98,7 @@ def write(path: epath.PathLike, corpus: Corpus, turns: Sequence[Turn]) -> None:
         f"<body>\n<h1>{title}</h1>",
         f'<p class="pale">{len(turns)} turns; the corpus was made with the export {_text(corpus.fingerprint[:12])}. '
         "&#9670; marks the frames nearest to the words, a frame around a picture those within the moment.</p>",
+        *([f'<p class="note">{_text(note)}</p>'] if note else []),
         *sections,
         "</body>\n</html>\n",
     ]

@@ -55,7 +55,7 @@ def table_of(output):
 
 @pytest.mark.slow  # compiles most of the programs
 def test_every_command(begin, tmp_path, capsys):
-    console = begin()
+    console = begin(note="Of made-up videos.")
     saved, page = tmp_path / "my talk.json", tmp_path / "page.html"
     assert run(console, "# a comment", "", "/help", FIND, "/list")
     output = capsys.readouterr().out
@@ -92,6 +92,7 @@ def test_every_command(begin, tmp_path, capsys):
     assert run(console, f"/save {saved}", f"/report {page}", "/undo")
     assert f"Taken back: {ZH}" in capsys.readouterr().out and len(console.session.turns) == 6
     assert report.is_report(page) and page.read_text().count("<section") == 7
+    assert '<p class="note">Of made-up videos.</p>' in page.read_text()
     assert run(console, f"/save {saved}", "/reset", f"/report {page}")  # ours, so they may be written again
     assert console.session.turns == [] and page.read_text().count("<section") == 0
     assert run(console, f"/load {saved}", "/quit", FIND)

@@ -188,9 +188,10 @@ def run(helper, export, indexed, data, tmp_path, monkeypatch):
 
 
 def test_a_report_of_every_protocol(run, tmp_path, capsys):
-    run()
+    run(note="Of made-up dialogues.")
     out = tmp_path / "out"
     told = json.loads((out / "report.json").read_text())
+    assert told["about"]["note"] == "Of made-up dialogues."
     assert [*told["protocols"]] == ["paper", "gold", "cascade", "e2e"]
     for name in ("gold", "e2e"):
         overall = told["protocols"][name]["overall"]

@@ -164,6 +164,13 @@ def test_notes_and_timings(written):
     assert part(written, 3).of_class("timings") == []
 
 
+def test_a_note_of_the_whole(corpus, tmp_path):
+    for note in ("", "All <b>known</b>."):
+        report.write(tmp_path / "page.html", corpus, turns(corpus)[2:3], note)
+        page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+        assert len(page.of_class("note")) == (2 if note else 1) and note in " ".join(page.words)
+
+
 def test_an_unknown_video_leaves_no_file(corpus, tmp_path):
     other = tmp_path / "other.html"
     other.write_text("<html>mine")

@@ -15,7 +15,7 @@ from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from launch import demo
 from tests.data.video_fixtures import write_video
 
-TINY = demo.Size(40, 150, 2, {"pretrain": 2, "text": 1, "retriever": 1, "both": 1})
+TINY = demo.Size(40, 150, 150, 2, {"pretrain": 2, "text": 1, "retriever": 1, "both": 1})
 
 
 def clip(name, **fields):
@@ -157,6 +157,9 @@ def test_what_is_said_is_what_a_test_dialogue_says():
     assert demo._tells(Dialogue("d", "test", 2, (find, when)), "en")
     assert not demo._tells(Dialogue("d", "test", 2, (find, when)), "zh")
     assert not demo._tells(Dialogue("d", "test", 2, (when, find)), "en")
+    assert [demo._asked(turn) for turn in (find, when)] == ["Find it.", "When?"]
+    bare = Turn("狗跑了。", "那时。", Intent.MOMENT, "zh", "v", span=(0.0, 1.0))
+    assert demo._asked(bare) == "这是什么时候发生的？狗跑了。"
 
 
 @pytest.mark.slow
@@ -183,8 +186,12 @@ def test_the_whole_of_it_in_small(realdata, tmp_path):
     assert "drawing and describing the synthetic videos (done before" in done.stdout
     shown = (out / "table.txt").read_text(encoding="utf-8")
     for words in ("Retriever R@10, %", "R@1 of all of them, %", "not that they know any other", "in all, without"):
-        assert words in shown
+        assert words in " ".join(shown.split())
     assert shown in done.stdout
     for language in ("en", "zh"):
         page = (out / f"conversation-{language}.html").read_text(encoding="utf-8")
-        assert page.count("<section") == 4 and "dog_fetch" in page
+        assert page.count("<section") == 4 and "dog_fetch" in page and demo.LEARNT in page
+        said = (out / f"script-{language}.txt").read_text(encoding="utf-8").splitlines()
+        assert said[1].startswith(demo.WHEN[language]) and said[3] == demo.LIKE[language]
+    assert demo.LEARNT in (out / "own" / "report.md").read_text(encoding="utf-8")
+    assert demo.LEARNT not in (out / "evaluation" / "report.md").read_text(encoding="utf-8")
