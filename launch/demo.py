@@ -44,21 +44,21 @@ NEEDED = 2 * 2**30  # bytes of disk
 SAID = 4  # messages of a conversation
 FULL = 2**20  # bytes: where less is free when a stage fails, that is why
 EVERY = 20.0  # seconds between two lines of progress, where they do not replace each other
-LIKE = {"en": "Do you have a similar one?", "zh": "有没有类似的？"}
 WHEN = {"en": "When does this happen? ", "zh": "这是什么时候发生的？"}
+MORE = {"en": "I need one more video. ", "zh": "再帮我找另一个视频："}
 # Messages to videos that nobody has described. One is opened, as a model that knows shapes alone is seldom sure of any.
 WORDS = {
     "en": (
         "Find a video that shows something red.",
         "/open 1",
         "When is something red in view?",
-        LIKE["en"],
+        "Do you have a similar one?",
     ),
     "zh": (
         "帮我找一个有红色东西的视频。",
         "/open 1",
         "红色的东西是什么时候出现的？",
-        LIKE["zh"],
+        "有没有类似的？",
     ),
 }
 # What figures of videos that were trained on, with the words they are asked for by, are worth.
@@ -234,24 +234,27 @@ def questions(clips: Sequence[captions.Clip]) -> Iterator[dict[str, Any]]:
                 for words, span in asked
                 for message in (
                     {"from": "human", "value": words},
-                    {"from": "gpt", "value": "video 1", "video_id": clip.video, "gt_se": span},
+                    {"from": "gpt", "value": f"video 1: {words}", "video_id": clip.video, "gt_se": span},
                 )
             ]
             yield {"id": f"{clip.video} {language}", "split": "test", "type": [2], "conversations": messages}
 
 
 def write_scripts(out: pathlib.Path, videos: bool, annotations: bool) -> None:
-    """What is said in the conversations: a test dialogue's words, those of a captioned video and LIKE, or WORDS."""
+    """What is said in the conversations: a test dialogue's words, those of two captioned videos, or WORDS."""
     folder = out / ("asked" if videos else "data") / "ivcr200k"
     for language in LANGUAGES:
         lines: tuple[str, ...] = WORDS[language]
         if annotations or not videos:
             store = DialogueStore(folder, "test")
-            told = (store[number] for number in range(len(store)))
-            if fitting := [each.turns[:SAID] for each in told if _tells(each, language)]:
-                lines = tuple(_asked(turn) for turn in max(fitting, key=len))  # the first that is so long
-            if videos:
-                lines = (*lines[: SAID - 1], LIKE[language])
+            told = [store[number] for number in range(len(store))]
+            if fitting := [each for each in told if _tells(each, language)]:
+                chosen = max(fitting, key=lambda each: len(each.turns[:SAID]))  # the first that is so long
+                lines = tuple(_asked(turn) for turn in chosen.turns[:SAID])
+                others = (each.turns[0] for each in told if each is not chosen)
+                other = next((turn.user for turn in others if turn.language == language), None)
+                if videos and other:
+                    lines = (*lines[: SAID - 1], MORE[language] + other)
         with atomic(out / f"script-{language}.txt") as temporary:
             temporary.write_text("".join(f"{' '.join(line.split())}\n" for line in lines), encoding="utf-8")
 
