@@ -44,6 +44,7 @@ NEEDED = 2 * 2**30  # bytes of disk
 SAID = 4  # messages of a conversation
 FULL = 2**20  # bytes: where less is free when a stage fails, that is why
 EVERY = 20.0  # seconds between two lines of progress, where they do not replace each other
+# How a moment and another video are asked for, in wordings of `compose`: the tiny model has read no others.
 WHEN = {"en": "When does this happen? ", "zh": "这是什么时候发生的？"}
 MORE = {"en": "I need one more video. ", "zh": "再帮我找另一个视频："}
 # Messages to videos that nobody has described. One is opened, as a model that knows shapes alone is seldom sure of any.

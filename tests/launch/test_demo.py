@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from ivcr_jax.data import captions
+from ivcr_jax.data import captions, compose
 from ivcr_jax.data.dialogue import Dialogue, Intent, Turn
 from launch import demo
 from tests.data.video_fixtures import write_video
@@ -159,6 +159,8 @@ def test_what_is_said_is_what_a_test_dialogue_says():
     assert [demo._asked(turn) for turn in (find, when)] == ["Find it.", "When?"]
     bare = Turn("狗跑了。", "那时。", Intent.MOMENT, "zh", "v", span=(0.0, 1.0))
     assert demo._asked(bare) == "这是什么时候发生的？狗跑了。"
+    for language, words in compose.WORDING.items():
+        assert demo.WHEN[language] + "{c}" in words["locate"] and demo.MORE[language] + "{c}" in words["next"]
 
 
 @pytest.mark.slow
@@ -192,5 +194,6 @@ def test_the_whole_of_it_in_small(realdata, tmp_path):
         assert page.count("<section") == 4 and "dog_fetch" in page and demo.LEARNT in page
         said = (out / f"script-{language}.txt").read_text(encoding="utf-8").splitlines()
         assert said[1].startswith(demo.WHEN[language]) and said[3].startswith(demo.MORE[language])
+        assert said[3] != demo.MORE[language] + said[0], "another video"
     assert demo.LEARNT in (out / "own" / "report.md").read_text(encoding="utf-8")
     assert demo.LEARNT not in (out / "evaluation" / "report.md").read_text(encoding="utf-8")
